@@ -1,0 +1,31 @@
+"""Evaluate: `python eval.py --workdir=runs/brain [--pairs=pairs.csv] [--grid_size=10] [--out=FOLDER]`."""
+
+from absl import flags
+
+from gridreg_jax.doorway import main
+from gridreg_jax.errors import InputError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of train.py.", required=True)
+PAIRS = flags.DEFINE_string("pairs", "", "List of pairs (CSV); by default the run's own test pairs.")
+GRID_SIZE = flags.DEFINE_list("grid_size", [], "Control points an axis, e.g. 10 or 8,10,8; by default as validated.")
+OUT = flags.DEFINE_string("out", "", "Folder for the results; by default WORKDIR/evaluation.")
+
+
+def parse_grid_size(values: list[str]) -> tuple[int, int, int] | None:
+    """`["10"]` or `["8", "10", "8"]` as a triple; None for an empty list."""
+    if not values:
+        return None
+    if len(values) not in (1, 3) or not all(value.strip().isdecimal() for value in values):
+        raise InputError(f"--grid_size={','.join(values)}: give one whole number, or three, e.g. 10 or 8,10,8")
+    sizes = tuple(int(value) for value in values)
+    return sizes * 3 if len(sizes) == 1 else sizes
+
+
+def run(_) -> None:
+    from gridreg_jax.evaluation.evaluate import evaluate
+
+    evaluate(WORKDIR.value, pairs=PAIRS.value, grid_size=parse_grid_size(GRID_SIZE.value), out=OUT.value)
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,73 @@
+"""Random affine, elastic and intensity changes of training pairs: a pure function of keys, inside the compiled step."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gridreg_jax.transforms.interpolation import interpolate
+from gridreg_jax.transforms.warp import identity_grid, sample
+
+
+def augment(
+    batch: dict[str, jax.Array],
+    keys: jax.Array,
+    *,
+    flip: float = 0.0,
+    affine: float = 0.0,
+    shift: float = 0.0,
+    elastic: float = 0.0,
+    contrast: float = 0.0,
+    noise: float = 0.0,
+) -> dict[str, jax.Array]:
+    """A changed batch: fixed and moving each get a change of their own, and the pair may be mirrored as a whole.
+
+    Args:
+      batch: `fixed`, `moving` `[N, X, Y, Z, 1]`, optionally `fixed_labels`, `moving_labels` `[N, X, Y, Z]`.
+      keys: `[N]`, one an example, so that the result does not depend on how examples are spread over devices.
+      flip: probability that a pair is mirrored along axis 0 (left and right).
+      affine: standard deviation of the entries of the linear part (turn, scale and shear), about the middle.
+      shift: standard deviation of the translation (voxels).
+      elastic: standard deviation (voxels) of the control points of an elastic map on a 6x6x6 cubic grid.
+      contrast: standard deviation of log gamma, of log gain and of the amplitude of a smooth log gain field.
+      noise: standard deviation of white noise, intensities being in [0, 1].
+    """
+
+    def one(key, example):
+        key_flip, *key_sides = jax.random.split(key, 3)
+        mirrored = jax.random.uniform(key_flip) < flip
+        changed = {}
+        for key_side, name in zip(key_sides, ("fixed", "moving"), strict=True):
+            volume = example[name]
+            key_space, key_intensity = jax.random.split(key_side)
+            points = _random_points(key_space, volume.shape[:3], affine, shift, elastic)
+            points = points.at[..., 0].set(jnp.where(mirrored, volume.shape[0] - 1 - points[..., 0], points[..., 0]))
+            changed[name] = _random_intensities(key_intensity, sample(volume, points), contrast, noise)
+            if f"{name}_labels" in example:
+                changed[f"{name}_labels"] = _nearest(example[f"{name}_labels"], points)
+        return changed
+
+    return jax.vmap(one)(keys, batch)
+
+
+def _random_points(key, shape, affine, shift, elastic) -> Float[Array, "X Y Z 3"]:
+    key_linear, key_shift, key_elastic = jax.random.split(key, 3)
+    linear = affine * jax.random.normal(key_linear, (3, 3))
+    translation = shift * jax.random.normal(key_shift, (3,))
+    control_grid = elastic * jax.random.normal(key_elastic, (1, 6, 6, 6, 3))
+    grid = identity_grid(shape)
+    centred = grid - (jnp.asarray(shape, jnp.float32) - 1) / 2
+    return grid + centred @ linear.T + translation + interpolate(control_grid, shape, method="bspline")[0]
+
+
+def _random_intensities(key, volume, contrast, noise) -> Float[Array, "X Y Z 1"]:
+    key_gamma, key_gain, key_field, key_noise = jax.random.split(key, 4)
+    gamma = jnp.exp(contrast * jax.random.normal(key_gamma))
+    gain = jnp.exp(contrast * jax.random.normal(key_gain))
+    field = jnp.exp(contrast * interpolate(jax.random.normal(key_field, (1, 4, 4, 4, 1)), volume.shape[:3])[0])
+    volume = volume**gamma * gain * field
+    return volume + noise * jax.random.normal(key_noise, volume.shape)
+
+
+def _nearest(labels: Int[Array, "X Y Z"], points: Float[Array, "x y z 3"]) -> Int[Array, "x y z"]:
+    index = [jnp.clip(jnp.round(points[..., a]), 0, n - 1).astype(jnp.int32) for a, n in enumerate(labels.shape)]
+    return labels[tuple(index)]

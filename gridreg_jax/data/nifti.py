@@ -1,0 +1,227 @@
+"""Reading and writing images, labels and landmarks: the only place where NIfTI is read.
+
+What is read comes in the closest RAS orientation, so that array axes 0, 1, 2 run (about) to the right, to the front and
+up, whatever the file's own order; the affine follows, and no world position changes.
+"""
+
+import dataclasses
+import gzip
+import itertools
+import math
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from jaxtyping import Float, Float32, Int32, Num, Shaped
+from scipy import ndimage
+
+from gridreg_jax import geometry
+from gridreg_jax.data.lists import read_table
+from gridreg_jax.errors import InputError
+from gridreg_jax.files import replacing
+
+LATTICE_TOLERANCE_MM = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Volume:
+    """A volume read from a file, in RAS order.
+
+    Attributes:
+      array: float32 intensities or int32 labels.
+      affine: voxel -> RAS mm.
+      path: the file, for messages.
+    """
+
+    array: Float32[np.ndarray, "X Y Z"] | Int32[np.ndarray, "X Y Z"]
+    affine: Float[np.ndarray, "4 4"]
+    path: Path
+
+
+def load_image(path: str | Path) -> Volume:
+    """Intensities of a NIfTI file (`.nii`, `.nii.gz`), float32.
+
+    Raises:
+      InputError: there is no such file, it is damaged or not NIfTI, not three-dimensional (trailing axes of size 1 are
+        dropped), empty, constant, has values that are not finite, or its affine cannot be inverted.
+    """
+    array, affine, path = _read(path)
+    with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite and is reported below.
+        array = np.ascontiguousarray(array, np.float32)
+    _check_finite(array, path)
+    if array.min() == array.max():
+        raise InputError(f"{path}: every voxel is {array.flat[0]:g}: there is nothing to register")
+    return Volume(array, affine, path)
+
+
+def load_labels(path: str | Path, like: Volume | None = None) -> Volume:
+    """Labels of a NIfTI file, int32.
+
+    Args:
+      path: the label file.
+      like: the image that the labels belong to: both must lie on one lattice.
+
+    Raises:
+      InputError: as for `load_image` (constant labels are allowed), a value is not a whole number that int32 can hold,
+        or the lattice differs from that of `like` (in shape, or by more than 0.001 mm at a corner).
+    """
+    array, affine, path = _read(path)
+    _check_finite(array, path)
+    array = array.astype(np.float64)
+    rounded = np.rint(array)
+    wrong = (np.abs(array - rounded) > 1e-3) | (np.abs(rounded) > np.iinfo(np.int32).max)
+    if wrong.any():
+        example = f"{wrong.sum()} voxels are not, such as {array[wrong][0]:g}"
+        raise InputError(f"{path}: labels must be whole numbers (of 32 bits): {example}")
+    volume = Volume(np.ascontiguousarray(rounded, np.int32), affine, path)
+    if like is not None:
+        _check_lattice(volume, like)
+    return volume
+
+
+def load_landmarks(path: str | Path) -> dict[int, Float[np.ndarray, "3"]]:
+    """World positions (RAS mm) of landmarks by their id: equal ids are the same point in two images.
+
+    Args:
+      path: a CSV file with the columns x, y, z (RAS mm) and, optionally, `id` (else rows count from 1); or a NIfTI file
+        of labels, of which each value but 0 is an id, and the centroid of its voxels the position.
+
+    Raises:
+      InputError: a column is missing, a cell is not a finite number, an id is there twice, there is no landmark; for
+        NIfTI as for `load_labels`.
+    """
+    path = Path(path)
+    return _landmarks_of_csv(path) if path.suffix.lower() == ".csv" else _landmarks_of_blobs(path)
+
+
+def save(path: str | Path, array: Shaped[np.ndarray, "X Y Z *rest"], affine: Num[np.ndarray, "4 4"]) -> None:
+    """Writes a NIfTI file (`.nii`, `.nii.gz`), whole or not at all; its folder is made when missing.
+
+    Args:
+      path: the file.
+      array: floats are stored as float32, integers as they are (of 64 bits as int32), bool as uint8.
+      affine: voxel -> RAS mm, stored as both sform and qform with code 1 (scanner).
+
+    Raises:
+      InputError: another suffix, integers that int32 cannot hold, or the file cannot be written.
+    """
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise InputError(f"{path}: an image is written as .nii or .nii.gz")
+    image = nib.Nifti1Image(_storable(array, path), affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    image.header.set_xyzt_units("mm")
+    try:
+        with replacing(path) as temporary:
+            nib.save(image, temporary)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path of a file that is there; else an InputError that names it."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+    return path
+
+
+def _read(path: str | Path) -> tuple[Num[np.ndarray, "X Y Z"], Float[np.ndarray, "4 4"], Path]:
+    """Array in the file's (scaled) numbers and affine, both in RAS order."""
+    path = existing_file(path)
+    try:
+        image = nib.load(path)
+        array = np.asanyarray(image.dataobj)
+        _check_compression(path)
+    except Exception as error:  # A damaged file can raise anything: OSError, EOFError, zlib.error, HeaderDataError, …
+        raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
+    if not isinstance(image, nib.Nifti1Pair):
+        raise InputError(f"{path}: is {type(image).__name__}, not NIfTI")
+    if array.dtype.kind not in "iuf":
+        raise InputError(f"{path}: voxels must be single real numbers, not {array.dtype}")
+    if 0 in image.shape:
+        raise InputError(f"{path}: the volume is empty, of shape {image.shape}")
+    if len(image.shape) < 3 or any(size != 1 for size in image.shape[3:]):
+        raise InputError(f"{path}: one three-dimensional volume is needed, not an array of shape {image.shape}")
+    affine = _check_affine(image.affine, path)
+    array = array.reshape(image.shape[:3])
+    orientation = nib.io_orientation(affine)
+    affine = affine @ nib.orientations.inv_ornt_aff(orientation, array.shape)
+    return nib.apply_orientation(array, orientation), affine, path
+
+
+def _check_compression(path: Path) -> None:
+    """Reads a compressed file to its end, where its checksum is; nibabel stops at the last voxel."""
+    if path.suffix == ".gz":
+        with gzip.open(path) as file:
+            while file.read(2**20):
+                pass
+
+
+def _check_affine(affine: Float[np.ndarray, "4 4"], path: Path) -> Float[np.ndarray, "4 4"]:
+    # The ratio is the volume of a cell of unit edges: 1 for right angles, 0 for flat cells (and NaN for edges of 0 mm).
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.abs(np.linalg.det(affine[:3, :3] / geometry.spacing(affine)))
+    if not (np.isfinite(affine).all() and ratio > 1e-6):
+        raise InputError(f"{path}: the affine of its header cannot be inverted: {affine[:3].round(4).tolist()}")
+    return affine
+
+
+def _check_finite(array: Num[np.ndarray, "X Y Z"], path: Path) -> None:
+    count = array.size - np.isfinite(array).sum()
+    if count:
+        raise InputError(f"{path}: {count} of {array.size} voxels are not finite (NaN or infinite)")
+
+
+def _check_lattice(labels: Volume, image: Volume) -> None:
+    if labels.array.shape != image.array.shape:
+        raise InputError(
+            f"{labels.path}: its shape {labels.array.shape} is not {image.array.shape}, that of its image {image.path}"
+        )
+    corners = np.array(list(itertools.product(*[(0, size - 1) for size in image.array.shape])))
+    difference_mm = geometry.voxel_to_world(corners, labels.affine) - geometry.voxel_to_world(corners, image.affine)
+    distance_mm = np.linalg.norm(difference_mm, axis=-1).max()
+    if distance_mm > LATTICE_TOLERANCE_MM:
+        raise InputError(
+            f"{labels.path}: its voxels lie up to {distance_mm:.3g} mm from those of its image {image.path}; "
+            "resample the labels to the image"
+        )
+
+
+def _landmarks_of_csv(path: Path) -> dict[int, Float[np.ndarray, "3"]]:
+    landmarks = {}
+    for count, (number, row) in enumerate(read_table(path, required=["x", "y", "z"], optional=["id"]), start=1):
+        try:
+            landmark = int(row["id"]) if "id" in row else count
+            position_mm = np.array([float(row[axis]) for axis in "xyz"])
+        except ValueError as error:
+            raise InputError(f"{path}: row {number}: x, y, z must be numbers, id a whole number ({error})") from error
+        if not all(map(math.isfinite, position_mm)):
+            raise InputError(f"{path}: row {number}: x, y, z must be finite, not {position_mm.tolist()}")
+        if landmark in landmarks:
+            raise InputError(f"{path}: row {number}: id {landmark} is there twice")
+        landmarks[landmark] = position_mm
+    return landmarks
+
+
+def _landmarks_of_blobs(path: Path) -> dict[int, Float[np.ndarray, "3"]]:
+    volume = load_labels(path)
+    ids = [int(value) for value in np.unique(volume.array) if value != 0]
+    if not ids:
+        raise InputError(f"{path}: there is no landmark: every voxel is 0")
+    centroids = np.array(ndimage.center_of_mass(np.ones_like(volume.array), volume.array, ids))
+    return dict(zip(ids, geometry.voxel_to_world(centroids, volume.affine), strict=True))
+
+
+def _storable(array: np.ndarray, path: Path) -> np.ndarray:
+    if array.dtype == bool:
+        return array.astype(np.uint8)
+    if array.dtype.kind == "f":
+        return array.astype(np.float32)
+    if array.dtype.itemsize < 8:
+        return array
+    narrow = array.astype(np.int32)
+    if (narrow != array).any():
+        raise InputError(f"{path}: integers beyond 32 bits cannot be written")
+    return narrow

@@ -1,0 +1,252 @@
+"""From files to arrays that a network takes: one working lattice, intensities in [0, 1], and a cache of the result.
+
+Every image has its own world frame. `lattice_affine` places the working lattice, axis-aligned in RAS, around a centre
+of that image; a displacement on the lattice is in voxels of the lattice.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Float32, Int32, Num
+from scipy import ndimage
+
+from gridreg_jax import geometry
+from gridreg_jax.data.nifti import Volume, existing_file, load_image, load_labels
+from gridreg_jax.errors import InputError
+from gridreg_jax.files import replacing
+
+# Part of every cache key: raise it with every change of what `prepare` computes.
+CACHE_VERSION = 1
+
+CENTERS = ("mass", "image")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lattice:
+    """The working lattice, the same for all images.
+
+    Attributes:
+      shape: (X, Y, Z) voxels.
+      spacing: mm along each axis.
+      center: the world point of an image that comes to the middle of the lattice, voxel (shape - 1) / 2: its centre of
+        "mass" (of intensities), or the middle of the "image" itself.
+    """
+
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    center: str = "mass"
+
+    def __post_init__(self):
+        if len(self.shape) != 3 or min(self.shape) < 1:
+            raise InputError(f"lattice shape must be three positive whole numbers, not {self.shape}")
+        if len(self.spacing) != 3 or not all(0 < step < np.inf for step in self.spacing):
+            raise InputError(f"lattice spacing must be three positive numbers (mm), not {self.spacing}")
+        if self.center not in CENTERS:
+            raise InputError(f"lattice center must be one of {', '.join(CENTERS)}, not '{self.center}'")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """An image on the working lattice; its arrays are read-only.
+
+    Attributes:
+      image: intensities in [0, 1].
+      labels: on the same lattice, or None.
+      affine: voxel of the lattice -> RAS mm.
+    """
+
+    image: Float32[np.ndarray, "X Y Z"]
+    labels: Int32[np.ndarray, "X Y Z"] | None
+    affine: Float[np.ndarray, "4 4"]
+
+
+def lattice_affine(volume: Volume, lattice: Lattice) -> Float[np.ndarray, "4 4"]:
+    """Affine (voxel -> RAS mm) of the working lattice for an image: axes along RAS, centred as `lattice.center` says.
+
+    The centre of mass counts normalised intensities (so that a few very bright voxels do not pull it), and only those
+    of the brighter of two classes (so that neither the air around a body nor the size of the field of view does).
+    """
+    if lattice.center == "mass":
+        center = _center_of_mass(volume.array)
+    else:
+        center = (np.array(volume.array.shape) - 1) / 2
+    affine = np.diag([*lattice.spacing, 1.0])
+    middle_mm = affine[:3, :3] @ (np.array(lattice.shape) - 1) / 2
+    affine[:3, 3] = geometry.voxel_to_world(center, volume.affine) - middle_mm
+    return affine
+
+
+def resample(
+    volume: Volume, affine: Float[np.ndarray, "4 4"], shape: tuple[int, int, int], *, labels: bool = False
+) -> Float32[np.ndarray, "x y z"] | Int32[np.ndarray, "x y z"]:
+    """Values of a volume on another lattice.
+
+    Images are interpolated trilinearly. Where the target is coarser than the source, the source is smoothed first, by a
+    Gaussian of `0.5 sqrt(r² - 1)` source voxels along each axis, `r` being the ratio of spacings: a voxel of any image
+    is taken to carry a blur of half its own width (Lowe, IJCV 60, 2004, section 3.3), and the variances subtract
+    (Cardoso et al., MICCAI 2015, derive the same form with 0.42 in place of 0.5). Labels take the nearest voxel, so
+    that no label is invented.
+
+    Args:
+      volume: the source.
+      affine: target voxel -> RAS mm.
+      shape: of the target.
+      labels: nearest neighbour, int32, 0 outside; else trilinear, float32, the source's minimum outside. The outside
+        begins half a voxel beyond the outermost voxel centres.
+    """
+    matrix = np.linalg.inv(volume.affine) @ affine
+    source, outside = volume.array, 0
+    if not labels:
+        source, outside = source.astype(np.float32, copy=False), source.min()
+        # For an oblique target, the length of a row is the extent of a target voxel along that source axis.
+        ratio = np.linalg.norm(matrix[:3, :3], axis=1)
+        sigma = 0.5 * np.sqrt(np.maximum(ratio**2 - 1, 0))
+        source = ndimage.gaussian_filter(source, sigma, mode="nearest")
+    result = ndimage.affine_transform(
+        source, matrix[:3, :3], matrix[:3, 3], output_shape=shape, order=0 if labels else 1, mode="nearest"
+    )
+    result[~_inside(matrix, shape, source.shape)] = outside
+    return result
+
+
+def normalise(array: Num[np.ndarray, "X Y Z"]) -> Float32[np.ndarray, "X Y Z"]:
+    """Intensities in [0, 1]: `clip((v - low) / (high - low), 0, 1)`.
+
+    `low` and `high` are the 1st and 99th percentile of the foreground, the voxels above the minimum: a background of
+    one value stays 0 and does not count, however large, and an image without one loses only the tails. Where the two
+    percentiles are equal (a mask), `low` is the minimum. A constant array becomes 0.
+    """
+    array = np.asarray(array, np.float32)
+    foreground = array[array > array.min()]
+    if foreground.size == 0:
+        return np.zeros_like(array)
+    low, high = np.percentile(foreground, [1, 99])
+    if high <= low:
+        low = array.min()
+    return np.clip((array - np.float32(low)) / np.float32(high - low), 0, 1)
+
+
+def prepare(
+    image_path: str | Path,
+    lattice: Lattice,
+    *,
+    labels_path: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+) -> Prepared:
+    """An image, normalised and then resampled to the working lattice, and its labels.
+
+    Args:
+      image_path: NIfTI.
+      lattice: the working lattice.
+      labels_path: NIfTI on the lattice of the image.
+      cache_dir: where results are kept, memory-mapped when they are read again; None keeps nothing. An entry depends on
+        the paths, sizes and times of the files, on the lattice and on `CACHE_VERSION`; a damaged one is made again.
+        Several processes may use one folder. Entries are never deleted.
+
+    Raises:
+      InputError: a file is not as it should be (see `load_image`, `load_labels`), nothing of the image lies on the
+        lattice, or the cache cannot be written.
+    """
+    if cache_dir is None:
+        return _build(image_path, lattice, labels_path)
+    entry = Path(cache_dir) / _cache_key(image_path, lattice, labels_path)
+    prepared = _read_cache(entry, lattice, with_labels=labels_path is not None)
+    if prepared is None:
+        prepared = _build(image_path, lattice, labels_path)
+        _write_cache(entry, prepared)
+    return prepared
+
+
+def default_cache_dir() -> Path:
+    """The folder named by `$GRIDREG_CACHE`, else `~/.cache/gridreg_jax`."""
+    return Path(os.environ.get("GRIDREG_CACHE") or "~/.cache/gridreg_jax").expanduser()
+
+
+def _center_of_mass(array: Num[np.ndarray, "X Y Z"]) -> Float[np.ndarray, "3"]:
+    """In voxels; the array is not constant (`load_image` sees to it)."""
+    weights = normalise(array)
+    weights[weights <= _threshold(weights)] = 0
+    profiles = [weights.sum(axis=others, dtype=np.float64) for others in ((1, 2), (0, 2), (0, 1))]
+    return np.array([np.average(np.arange(profile.size), weights=profile) for profile in profiles])
+
+
+def _threshold(array: Float32[np.ndarray, "X Y Z"]) -> float:
+    """Half-way between the means of the values below and above it (Ridler and Calvard, 1978), for values in [0, 1]."""
+    threshold, previous = array.mean(dtype=np.float64), np.inf
+    while abs(threshold - previous) > 1e-3:
+        above = array > threshold
+        previous = threshold
+        threshold = (array[above].mean(dtype=np.float64) + array[~above].mean(dtype=np.float64)) / 2
+    return float(threshold)
+
+
+def _inside(matrix, shape, source_shape) -> np.ndarray:
+    """Which target voxels lie in the source's field of view: up to half a voxel beyond its outermost centres."""
+    steps = np.ogrid[: shape[0], : shape[1], : shape[2]]
+    inside = np.ones(shape, bool)
+    for row, size in zip(matrix[:3], source_shape, strict=True):
+        position = sum(factor * step for factor, step in zip(row[:3], steps, strict=True)) + row[3]
+        # The margin keeps rounding from deciding about a voxel that lies on the very edge.
+        inside &= np.abs(position - (size - 1) / 2) <= size / 2 + 1e-6
+    return inside
+
+
+def _build(image_path: str | Path, lattice: Lattice, labels_path: str | Path | None) -> Prepared:
+    volume = load_image(image_path)
+    affine = lattice_affine(volume, lattice)
+    # Normalised before it is resampled: an image has the same intensities on every lattice.
+    image = resample(dataclasses.replace(volume, array=normalise(volume.array)), affine, lattice.shape)
+    if image.min() == image.max():
+        raise InputError(
+            f"{image_path}: nothing of the image lies on the lattice of {lattice.shape} voxels of {lattice.spacing} mm "
+            f"(center '{lattice.center}'): a larger lattice or another center is needed"
+        )
+    labels = None
+    if labels_path is not None:
+        labels = resample(load_labels(labels_path, like=volume), affine, lattice.shape, labels=True)
+    for array in (image, labels, affine):
+        if array is not None:
+            array.flags.writeable = False
+    return Prepared(image, labels, affine)
+
+
+def _cache_key(image_path: str | Path, lattice: Lattice, labels_path: str | Path | None) -> str:
+    parts: list = [CACHE_VERSION, lattice]
+    for path in (image_path, labels_path):
+        if path is not None:
+            path = existing_file(path).resolve()
+            status = path.stat()
+            parts.append((str(path), status.st_mtime_ns, status.st_size))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _cache_files(entry: Path, *, with_labels: bool) -> dict[str, Path]:
+    names = ["image", "affine"] + ["labels"] * with_labels
+    return {name: entry.with_name(f"{entry.name}-{name}.npy") for name in names}
+
+
+def _read_cache(entry: Path, lattice: Lattice, *, with_labels: bool) -> Prepared | None:
+    """What was written before, or None when it is missing or damaged."""
+    shape = tuple(lattice.shape)
+    expected = {"image": (shape, np.float32), "labels": (shape, np.int32), "affine": ((4, 4), np.float64)}
+    arrays = {"labels": None}
+    for name, path in _cache_files(entry, with_labels=with_labels).items():
+        with contextlib.suppress(OSError, EOFError, ValueError):
+            arrays[name] = np.load(path, mmap_mode="r")
+        array = arrays.get(name)
+        if array is None or (array.shape, array.dtype) != expected[name]:
+            return None
+    return Prepared(**arrays)
+
+
+def _write_cache(entry: Path, prepared: Prepared) -> None:
+    try:
+        for name, path in _cache_files(entry, with_labels=prepared.labels is not None).items():
+            with replacing(path) as temporary:
+                np.save(temporary, getattr(prepared, name))
+    except OSError as error:
+        raise InputError(f"{entry.parent}: cannot be written ({error}); $GRIDREG_CACHE names another cache") from error

@@ -1,0 +1,52 @@
+"""What `train.py` and `eval.py` share: set-up of the process, and one line instead of a traceback for user mistakes."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from gridreg_jax.errors import InputError
+
+
+def main(function: Callable) -> None:
+    """Run a program: parse flags, call `function(argv)`, exit with 2 and one line on a user's mistake."""
+
+    def guarded(argv: list[str]) -> None:
+        if len(argv) > 1:
+            _fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
+        logging.set_verbosity(logging.WARNING)
+        _use_compilation_cache()
+        try:
+            function(argv)
+        except (InputError, FloatingPointError, OSError) as error:
+            # OSError: a config that is not there (found when it is used), a folder that cannot be written, a full disk.
+            _fail(error)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    # A config file is read, and its values are replaced, while flags are parsed.
+    except (AttributeError, KeyError) as error:
+        text = str(error.args[0] if error.args else error).replace('"', "")  # quoted once or twice
+        _fail(f"the config has no such option: {text}")
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        _fail(error)
+
+
+def _fail(message: object) -> None:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
+    import jax
+
+    from gridreg_jax.data.preprocess import default_cache_dir
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))

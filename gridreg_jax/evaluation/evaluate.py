@@ -1,0 +1,84 @@
+"""Evaluate a trained run: tables, summary and pictures."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from gridreg_jax.data.pipeline import open_dataset, open_pairs
+from gridreg_jax.errors import InputError
+from gridreg_jax.evaluation import plots, tables
+from gridreg_jax.evaluation.measure import make_predict, measure
+from gridreg_jax.files import replacing
+from gridreg_jax.training.checkpoint import Checkpoints
+from gridreg_jax.training.step import build_run
+from gridreg_jax.training.writers import read_metrics
+
+
+def evaluate(
+    workdir: str | Path,
+    *,
+    pairs: str = "",
+    grid_size: tuple[int, int, int] | None = None,
+    out: str | Path | None = None,
+    pictures: int = 3,
+    notify: Callable[[str], None] = print,
+) -> dict:
+    """Evaluate the best checkpoint of a run and write `cases.csv`, `summary.json` and pictures.
+
+    Args:
+      workdir: of a run of `train.py`.
+      pairs: a list of pairs (CSV); empty: the run's own test pairs.
+      grid_size: None: the one that validation chose.
+      out: folder for the results; None: `workdir/evaluation`.
+      pictures: for how many cases pictures are drawn.
+      notify: takes the terminal's lines.
+
+    Returns:
+      The summary.
+
+    Raises:
+      InputError: no run is there, or a list, an image or the grid size is not as it should be.
+    """
+    workdir = Path(workdir)
+    out = Path(out) if out else workdir / "evaluation"
+    if not (workdir / "checkpoints").is_dir():
+        raise InputError(f"{workdir}: holds no run (no folder 'checkpoints'); give the workdir of a run of train.py")
+    with Checkpoints(workdir) as checkpoints:
+        best = checkpoints.best_step()
+        if best is None:
+            raise InputError(f"{workdir}: the run has no checkpoint yet")
+        order = [best] + [step for step in reversed(checkpoints.steps()) if step != best]
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        _, state, config, chosen = checkpoints.restore(
+            lambda config: build_run(config).state_shapes(device), order=order, notify=notify
+        )
+    model = build_run(config).model
+    data = config["data"]
+    if pairs:
+        settings = {name: data[name] for name in ("shape", "spacing", "center", "labels", "cache_dir")}
+        dataset = open_pairs(pairs, **settings, notify=notify)
+    else:
+        dataset = open_dataset(**data, seed=config["seed"], notify=notify)
+    if grid_size is None:
+        grid_size = tuple(chosen["grid_size"]) if chosen else (config["grid_sizes"][0],) * 3
+    out.mkdir(parents=True, exist_ok=True)
+
+    rows = []
+    measured = measure(make_predict(model), state.params, dataset, dataset.pairs["test"], grid_size)
+    for number, (row, arrays) in enumerate(measured):
+        rows.append(row)
+        if number < pictures:
+            title = f"{row['fixed']} and {row['moving']}, grid {'x'.join(map(str, grid_size))}"
+            plots.case_picture(out / f"case{number:02d}.png", arrays, dataset.lattice.spacing, title)
+    tables.write_cases(out / "cases.csv", rows)
+    summary = tables.summarise(rows, grid_size)
+    with replacing(out / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1) + "\n")
+    lines = read_metrics(workdir)
+    if lines:
+        plots.loss_curves(out / "loss.png", lines)
+    notify(tables.format_summary(summary))
+    notify(f"written to {out}: cases.csv, summary.json, {min(pictures, len(rows))} case pictures, loss.png")
+    return summary

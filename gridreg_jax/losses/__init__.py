@@ -1,0 +1,22 @@
+"""Losses: every one minimises and returns one value a case, `[N]`."""
+
+from gridreg_jax.losses.overlap import soft_dice
+from gridreg_jax.losses.regularity import bending_energy, diffusion_energy
+from gridreg_jax.losses.similarity import lncc, mind, mse, ncc, nmi, uncertainty_weighted_mse
+
+SIMILARITIES = {"mse": mse, "lncc": lncc, "ncc": ncc, "nmi": nmi, "mind": mind}
+REGULARISERS = {"bending": bending_energy, "diffusion": diffusion_energy}
+
+__all__ = [
+    "REGULARISERS",
+    "SIMILARITIES",
+    "bending_energy",
+    "diffusion_energy",
+    "lncc",
+    "mind",
+    "mse",
+    "ncc",
+    "nmi",
+    "soft_dice",
+    "uncertainty_weighted_mse",
+]

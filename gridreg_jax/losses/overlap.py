@@ -1,0 +1,59 @@
+"""Overlap of label maps as a loss that the displacement can follow."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from gridreg_jax.transforms.warp import corners, identity_grid
+
+
+def soft_dice(
+    fixed_labels: Int[Array, "N X Y Z"],
+    moving_labels: Int[Array, "N x y z"],
+    displacement: Float[Array, "N X Y Z 3"],
+    *,
+    num_labels: int,
+    mask: Shaped[Array, "N X Y Z"] | None = None,
+) -> Float[Array, " N"]:
+    """One minus the mean Dice overlap, the moving labels warped linearly.
+
+    The value is that of one-hot label maps warped trilinearly, `1 - mean over labels of 2 sum(f w) / (sum f + sum w)`,
+    but no one-hot map is made: memory does not grow with `num_labels`. The gradient reaches the displacement through
+    the trilinear weights.
+
+    Args:
+      fixed_labels: compact ids; 0 is background, 1..num_labels are scored, any other id counts as background.
+      moving_labels: the same ids, on the moving lattice.
+      displacement: voxels, pull-back.
+      num_labels: largest label id; static under jit.
+      mask: weight of each voxel of the fixed lattice (bool or number), in both sums.
+
+    Returns:
+      One value a case, in [0, 1]. A label absent from both the fixed and the warped map is left out of the mean; with
+      no label left the loss is 0.
+
+    Source: Yan et al., Medical Physics 2026, §3.3; the soft overlap is Milletari et al., 3DV 2016, with plain sums.
+    """
+    fixed, moving = (jnp.where((ids > 0) & (ids <= num_labels), ids, 0) for ids in (fixed_labels, moving_labels))
+    weights = jnp.ones(fixed.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
+    points = identity_grid(fixed.shape[1:]) + displacement.astype(jnp.float32)
+    case = jnp.arange(len(fixed)).reshape(-1, 1, 1, 1)
+    # Sums by label over the voxels and their corners. On CPU, at 96^3 with 135 labels, forward and gradient take a
+    # fifth of the time of one-hot products in chunks, and a seventh of a loop over labels (level with it at 2 labels).
+    # A sum of its own for every slab across the X axis keeps float32 accurate over millions of voxels.
+    slab = case * fixed.shape[1] + jnp.arange(fixed.shape[1]).reshape(-1, 1, 1)
+
+    def sum_by_label(values, labels):
+        bins = (labels + slab * (num_labels + 1)).ravel()
+        sums = jax.ops.segment_sum(values.ravel(), bins, slab.size * (num_labels + 1))
+        return sums.reshape(*fixed.shape[:2], num_labels + 1).sum(1)[:, 1:]
+
+    agreeing, warped_sum = 0.0, 0.0
+    for index, weight in corners(points, moving.shape[1:]):
+        label = moving.ravel()[index + case * moving[0].size]
+        agreeing += jnp.where(label == fixed, weight * weights, 0.0)
+        warped_sum += sum_by_label(weight * weights, label)
+    total = sum_by_label(weights, fixed) + warped_sum
+    present = total > 0
+    overlap = jnp.where(present, 2 * sum_by_label(agreeing, fixed) / jnp.where(present, total, 1.0), 1.0)
+    return jnp.sum(1 - overlap, axis=-1) / jnp.maximum(present.sum(-1), 1)

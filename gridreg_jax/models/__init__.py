@@ -1,0 +1,30 @@
+"""The models, by name."""
+
+import difflib
+
+from gridreg_jax.errors import InputError
+from gridreg_jax.models.gridreg import GridReg
+from gridreg_jax.models.prediction import Prediction
+
+MODELS = {"gridreg": GridReg}
+
+
+def build(name: str, **fields):
+    """A model by name, with the given fields; e.g. `build("gridreg", levels=5, width=16)`.
+
+    Raises:
+      InputError: unknown name or field.
+    """
+    if name not in MODELS:
+        raise InputError(f"unknown model {name!r}: known are {', '.join(MODELS)}")
+    model = MODELS[name]
+    known = [field for field in model.__dataclass_fields__ if field not in ("parent", "name")]
+    for field in fields:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f": it has {', '.join(known)}"
+            raise InputError(f"model {name!r} has no field {field!r}{hint}")
+    return model(**fields)
+
+
+__all__ = ["MODELS", "Prediction", "build"]

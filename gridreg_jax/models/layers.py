@@ -1,0 +1,148 @@
+"""Blocks that models share: feature encoder, position encoding, resampling between lattices, cross-attention."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from gridreg_jax.attention import window_attention
+from gridreg_jax.conv import Conv3D
+from gridreg_jax.errors import InputError
+
+# Angular frequencies per unit of normalised position, at most 3 pi: control points of the smallest grid (4 an axis) are
+# 1/3 apart, so no frequency turns by more than pi between neighbours and none aliases, whatever the grid size.
+FREQUENCIES = np.pi * np.array([0.5, 1.0, 2.0, 3.0])
+# Width multiplier of each encoder level, the schedule that agrees with the paper's Table 2.
+WIDTHS = (1, 2, 2, 4, 4, 8, 8, 16, 16)
+
+
+def instance_norm(x: Float[Array, "N X Y Z C"], *, epsilon: float = 1e-5) -> Float[Array, "N X Y Z C"]:
+    """Zero mean and unit variance of every channel of every sample over its voxels (no parameters)."""
+    mean = x.mean(axis=(1, 2, 3), keepdims=True)
+    variance = jnp.square(x - mean).mean(axis=(1, 2, 3), keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + epsilon)
+
+
+class Encoder(nn.Module):
+    """Multi-scale features of an image pair (paper, section 3.1, E^(l)).
+
+    Each level: 3x3x3 convolution, of stride 2 in the first `downsampled` levels, instance norm, leaky ReLU; widths
+    `width` x 1, 2, 2, 4, 4, 8, 8, 16, 16.
+    """
+
+    levels: int = 5
+    width: int = 16
+    downsampled: int = 4
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N X Y Z C"]) -> list[tuple[Float[Array, "N x y z D"], int]]:
+        """Features of every level with their stride: feature i sits at voxel `stride * i`.
+
+        Raises:
+          InputError: no levels, or more than the schedule of widths has.
+        """
+        if not 1 <= self.levels <= len(WIDTHS):
+            raise InputError(f"the encoder has 1 to {len(WIDTHS)} levels, not {self.levels}")
+        pyramid, stride = [], 1
+        for level in range(self.levels):
+            step = 2 if level < self.downsampled else 1
+            x = Conv3D(self.width * WIDTHS[level], stride=step, name=f"level{level}")(x)
+            x = nn.leaky_relu(instance_norm(x), 0.1)
+            stride *= step
+            pyramid.append((x, stride))
+        return pyramid
+
+
+def position_encoding(positions: Sequence[np.ndarray]) -> np.ndarray:
+    """Sines and cosines of normalised coordinates, and the coordinates themselves (paper, section 3.1, psi(R)).
+
+    Args:
+      positions: per axis, positions in [0, 1].
+
+    Returns:
+      `[gx, gy, gz, 27]` float32, a constant of the grid size.
+    """
+    axes = []
+    for position in positions:
+        phase = position[:, None] * FREQUENCIES
+        axes.append(np.concatenate([2 * position[:, None] - 1, np.sin(phase), np.cos(phase)], axis=1))
+    sizes = [len(position) for position in positions]
+    parts = [
+        np.broadcast_to(axis.reshape(*(-1 if d == i else 1 for d in range(3)), axis.shape[1]), (*sizes, axis.shape[1]))
+        for i, axis in enumerate(axes)
+    ]
+    return np.concatenate(parts, axis=-1).astype(np.float32)
+
+
+def resample_features(
+    features: Float[Array, "N x y z C"], coordinates: Sequence[np.ndarray]
+) -> Float[Array, "N gx gy gz C"]:
+    """Features around the points of a lattice, by separable hat functions.
+
+    Args:
+      coordinates: per axis, feature coordinates (in feature voxels) of the lattice points. A hat is as wide as the
+        points are apart, at least one feature voxel: coarse features are interpolated, fine ones averaged.
+    """
+    for axis, points in enumerate(coordinates):
+        size = features.shape[1 + axis]
+        points = np.clip(points, 0, size - 1)
+        width = max(1.0, (points[-1] - points[0]) / max(len(points) - 1, 1))
+        weights = np.maximum(0, 1 - np.abs(points[:, None] - np.arange(size)) / width)
+        weights = jnp.asarray(weights / weights.sum(axis=1, keepdims=True), features.dtype)
+        features = jnp.moveaxis(jnp.tensordot(weights, features, axes=(1, 1 + axis)), 0, 1 + axis)
+    return features
+
+
+class CrossAttention(nn.Module):
+    """Multi-head cross-attention from control points to tokens (paper, section 3.1).
+
+    `window=None`: every control point attends to every token. `window=w` (odd): tokens must lie on the control grid,
+    and a control point attends to the w x w x w tokens around it; a learned bias tells the neighbours apart.
+
+    Raises:
+      InputError: the heads cannot share the features, or an even window.
+    """
+
+    features: int
+    heads: int = 4
+    window: int | None = 3
+
+    @nn.compact
+    def __call__(
+        self, queries: Float[Array, "N gx gy gz Q"], tokens: Float[Array, "N px py pz T"]
+    ) -> Float[Array, "N gx gy gz D"]:
+        if self.features % self.heads:
+            raise InputError(f"{self.features} features cannot be shared by {self.heads} heads")
+        if self.window is not None and self.window % 2 == 0:
+            raise InputError(f"the attention window must be odd (or None), not {self.window}")
+        query = nn.Dense(self.features, use_bias=False, name="query")(queries) * (self.heads / self.features) ** 0.5
+        key = nn.Dense(self.features, use_bias=False, name="key")(tokens)
+        value = nn.Dense(self.features, use_bias=False, name="value")(tokens)
+        if self.window is None:
+            merged = _attend_all(query, key, value, self.heads)
+        else:
+            bias = self.param("bias", _near_first, (self.window**3, self.heads))
+            merged = window_attention(query, key, value, bias, self.window)
+        return nn.Dense(self.features, name="out")(merged)
+
+
+def _near_first(key, shape: tuple[int, int]) -> Float[Array, "W H"]:
+    """Initial logits by place in the window: the first head sees its own cell alone, each next one looks wider.
+
+    From equal weights a control point would first see the mean of all cells around it, and training would spend
+    hundreds of steps on telling them apart.
+    """
+    del key  # the same for every seed
+    window = round(shape[0] ** (1 / 3))
+    distance = np.square(np.indices((window,) * 3).reshape(3, -1) - window // 2).sum(axis=0)
+    return jnp.asarray(-8.0 * distance[:, None] / 4.0 ** np.arange(shape[1]), jnp.float32)
+
+
+def _attend_all(query, key, value, heads: int):
+    shape = query.shape
+    query, key, value = (x.reshape(x.shape[0], -1, heads, x.shape[-1] // heads) for x in (query, key, value))
+    weights = jax.nn.softmax(jnp.einsum("nghd,nphd->nhgp", query, key))
+    return jnp.einsum("nhgp,nphd->nghd", weights, value).reshape(shape)

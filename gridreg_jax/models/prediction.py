@@ -1,0 +1,14 @@
+"""What every model returns: all that follows (losses, evaluation, export) sees only this."""
+
+from flax import struct
+from jaxtyping import Array, Float
+
+
+@struct.dataclass
+class Prediction:
+    """The map from fixed to moving that a model predicts; voxels of the fixed lattice, component c along axis c."""
+
+    displacement: Float[Array, "N X Y Z 3"]
+    control_grid: Float[Array, "N gx gy gz 3"] | None = None
+    # Displacement at the control positions, where the grid-level similarity samples the images.
+    control_displacement: Float[Array, "N gx gy gz 3"] | None = None

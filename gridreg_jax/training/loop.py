@@ -1,0 +1,196 @@
+"""Training, from a config to an evaluated run."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from gridreg_jax import losses
+from gridreg_jax.data.pipeline import Dataset, batches, open_dataset
+from gridreg_jax.errors import InputError
+from gridreg_jax.evaluation.evaluate import evaluate
+from gridreg_jax.evaluation.measure import make_predict, measure, score
+from gridreg_jax.evaluation.tables import summarise
+from gridreg_jax.rng import generator
+from gridreg_jax.training.checkpoint import Checkpoints
+from gridreg_jax.training.step import build_run, check_batch_size, make_train_step, replicated, shard
+from gridreg_jax.training.writers import MetricsWriter
+from gridreg_jax.transforms.interpolation import check_grid_size
+
+
+def fit(config: ConfigDict, workdir: str | Path) -> dict | None:
+    """Train what a config describes, in a folder, and evaluate it at the end.
+
+    A folder that holds a run of the same model is resumed where it stopped:
+      1. the latest checkpoint that can be read gives the state and what validation chose;
+      2. `metrics.jsonl` is cut after that step;
+      3. batches, grid sizes and augmentation go on from that step: they are functions of the seed and the step.
+    Ctrl-C (or SIGTERM) ends the running step, saves and returns.
+
+    Args:
+      config: see `configs/brain.py`.
+      workdir: takes `checkpoints/`, `metrics.jsonl`, `events/` and `evaluation/`.
+
+    Returns:
+      The summary of the final evaluation; None when the run was stopped before its end.
+
+    Raises:
+      InputError: something in the config, the data or the folder is not as it should be.
+      FloatingPointError: the loss is not finite; the message names the step.
+    """
+    config, workdir = config.to_dict(), Path(workdir)
+    check_config(config)
+    run = build_run(config)
+    dataset = open_dataset(**config["data"], seed=config["seed"], notify=tqdm.write)
+    interpolator = getattr(run.model, "interpolator", "")
+    loss = config["loss"] | {"interpolator": interpolator, "num_labels": len(dataset.label_values)}
+    if loss["dice"] and not dataset.has_labels:
+        raise InputError("loss.dice is on, but not every image has labels: list them, or set --config.loss.dice=0")
+    train_step = make_train_step(
+        run.model, run.optimizer, seed=config["seed"], loss=loss, augmentation=config["augmentation"]
+    )
+    predict = make_predict(run.model)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(workdir) as checkpoints, _stop_requested() as stopped:
+        start, state, chosen = _initial_state(run, config, checkpoints)
+        with MetricsWriter(workdir, start=start) as writer:
+            progress = tqdm(total=config["steps"], initial=start, unit="step", smoothing=0.05, dynamic_ncols=True)
+            stream = batches(
+                dataset, batch_size=config["batch_size"], seed=config["seed"], start=start, stop=config["steps"]
+            )
+            pending = None  # the step in flight: at most one, its metrics are collected after the next is dispatched
+            step, began = start, time.perf_counter()
+            while step < config["steps"] and not stopped():
+                grid_size = draw_grid_size(config["grid_sizes"], seed=config["seed"], step=step)
+                state, metrics = train_step(state, shard(next(stream)), grid_size)
+                step += 1
+                if pending:
+                    _record(writer, progress, *pending)
+                now = time.perf_counter()
+                pending, began = (step, grid_size, metrics, now - began), now
+                if step % config["val_every"] == 0 or step == config["steps"]:
+                    _record(writer, progress, *pending)
+                    pending = None
+                    chosen = validate(predict, state.params, dataset, config["grid_sizes"])
+                    writer.write(step, "val", chosen)
+                    progress.write(_validation_line(step, chosen))
+                    _save(checkpoints, step, state, config, chosen, scored=True)
+                    began = time.perf_counter()
+                elif step % config["checkpoint_every"] == 0:
+                    _save(checkpoints, step, state, config, chosen, scored=False)
+            if pending:
+                _record(writer, progress, *pending)
+            progress.close()
+        if step < config["steps"]:
+            _save(checkpoints, step, state, config, chosen, scored=False)
+            tqdm.write(f"stopped at step {step} and saved; the same command goes on from there")
+            return None
+    return evaluate(workdir, notify=tqdm.write)
+
+
+def check_config(config: dict) -> None:
+    """Raise `InputError` for values that no part would accept, before any work is done."""
+    check_batch_size(config["batch_size"])
+    if not config["grid_sizes"]:
+        raise InputError("grid_sizes is empty: give one size or more, e.g. (5, 8, 10, 15)")
+    for size in config["grid_sizes"]:
+        if not isinstance(size, int):
+            raise InputError(f"grid_sizes must be whole numbers, such as (5, 8), not {size!r}")
+        check_grid_size((size,) * 3, config["model"].get("interpolator", "trilinear"))
+    if config["loss"]["similarity"] not in losses.SIMILARITIES:
+        known = ", ".join(losses.SIMILARITIES)
+        raise InputError(f"loss.similarity: {config['loss']['similarity']!r} is not known; known are {known}")
+    for name in ("steps", "val_every", "checkpoint_every"):
+        if config[name] < 1:
+            raise InputError(f"{name} must be 1 or more, not {config[name]}")
+
+
+def draw_grid_size(sizes: tuple[int, ...], *, seed: int, step: int) -> tuple[int, int, int]:
+    """The control grid of a training step, drawn uniformly (paper, section 3.1, adaptive grid sizes)."""
+    return (int(generator(seed, "grid size", step).choice(sizes)),) * 3
+
+
+def validate(predict: Callable, params, dataset: Dataset, grid_sizes: tuple[int, ...]) -> dict:
+    """Score of every grid size on the validation pairs, and the best one (paper, section 3.1).
+
+    Returns:
+      `grid_size` (a triple, the coarsest of equals), its `score`, and `scores` and `folding_percent` by grid size.
+    """
+    params = jax.device_put(params, jax.local_devices()[0])
+    summaries = {}
+    for size in sorted(grid_sizes):
+        rows = [row for row, _ in measure(predict, params, dataset, dataset.pairs["val"], (size,) * 3)]
+        summaries[size] = summarise(rows, (size,) * 3)
+    scores = {size: score(summary) for size, summary in summaries.items()}
+    best = max(scores, key=scores.get)
+    return {
+        "grid_size": [best] * 3,
+        "score": scores[best],
+        "scores": {str(size): value for size, value in scores.items()},
+        "folding_percent": {str(s): summary["metrics"]["folding_percent"]["after"] for s, summary in summaries.items()},
+    }
+
+
+def _initial_state(run, config: dict, checkpoints: Checkpoints):
+    """Step, state and validation choice to begin with: those of the latest readable checkpoint, or a new state."""
+    if not checkpoints.steps():
+        return 0, run.init_state(), None
+
+    def shapes(saved: dict):
+        there, now = saved["model"], config["model"]
+        differing = sorted(k for k in there.keys() | now.keys() if there.get(k) != now.get(k))
+        if differing:
+            changes = ", ".join(f"{k}: {there.get(k)} there, {now.get(k)} now" for k in differing)
+            raise InputError(f"the workdir holds a run of another model ({changes}); give another --workdir")
+        return run.state_shapes(replicated())
+
+    step, state, _, chosen = checkpoints.restore(shapes, order=checkpoints.steps()[::-1], notify=tqdm.write)
+    tqdm.write(f"resuming at step {step} of {config['steps']}")
+    return step, state, chosen
+
+
+def _record(writer: MetricsWriter, progress: tqdm, step: int, grid_size, metrics: dict, seconds: float) -> None:
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not math.isfinite(values["loss"]):
+        raise FloatingPointError(f"the loss is {values['loss']} at step {step}: a smaller learning rate may mend it")
+    writer.write(step, "train", {**values, "grid_size": grid_size[0], "seconds": round(seconds, 4)})
+    progress.update()
+    progress.set_postfix(loss=f"{values['loss']:.4f}", step=f"{1e3 * seconds:.0f}ms", grid=grid_size[0], refresh=False)
+
+
+def _save(checkpoints: Checkpoints, step: int, state, config: dict, chosen: dict | None, *, scored: bool) -> None:
+    checkpoints.save(step, state, config=config, chosen=chosen, score=chosen["score"] if scored else None)
+
+
+def _validation_line(step: int, chosen: dict) -> str:
+    scores = "  ".join(f"{size}: {value:.4f}" for size, value in chosen["scores"].items())
+    return f"step {step}, validation score by grid size  {scores}  (best {chosen['grid_size'][0]})"
+
+
+@contextmanager
+def _stop_requested() -> Iterator[Callable[[], bool]]:
+    """Inside, the first SIGINT or SIGTERM only sets what the function returns; the second SIGINT interrupts."""
+    requested = []
+
+    def handle(number, frame):
+        if requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        requested.append(number)
+        tqdm.write("stopping after this step; once more to stop at once")
+
+    try:
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread (a notebook's worker): signals stay as they are
+        previous = {}
+    try:
+        yield lambda: bool(requested)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

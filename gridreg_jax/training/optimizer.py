@@ -1,0 +1,32 @@
+"""Optimisers by name."""
+
+import optax
+
+from gridreg_jax.errors import InputError
+
+OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd}
+
+
+def build_optimizer(
+    *, name: str = "adam", learning_rate: float = 1e-4, steps: int, decay: bool = False, clip: float = 0.0
+) -> optax.GradientTransformation:
+    """An optimiser.
+
+    Args:
+      name: in `OPTIMIZERS`.
+      learning_rate: the paper's is 1e-4, constant.
+      steps: length of the training, for the decay.
+      decay: after a linear rise over the first 2 %, let the learning rate fall to 0 along a cosine.
+      clip: largest global norm of the gradient; 0 for none.
+
+    Raises:
+      InputError: unknown name.
+    """
+    if name not in OPTIMIZERS:
+        raise InputError(f"optimizer.name: {name!r} is not known; known are {', '.join(OPTIMIZERS)}")
+    rate = learning_rate
+    if decay:
+        warmup = max(1, steps // 50)
+        rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup + 1))
+    parts = [optax.clip_by_global_norm(clip)] if clip else []
+    return optax.chain(*parts, OPTIMIZERS[name](rate))

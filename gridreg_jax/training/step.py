@@ -1,0 +1,131 @@
+"""The training step, data parallel over the local devices: the only place that knows of `pmap`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import struct
+
+from gridreg_jax import rng
+from gridreg_jax.augment import augment
+from gridreg_jax.errors import InputError
+from gridreg_jax.models import build
+from gridreg_jax.training.objective import objective
+from gridreg_jax.training.optimizer import build_optimizer
+
+AXIS = "devices"
+
+
+@struct.dataclass
+class TrainState:
+    """All that a training run remembers; everything random follows from the seed and `step`."""
+
+    # Any, since shapes and shardings take the place of arrays when a state is restored.
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a config builds: the model, its optimiser, and states of them."""
+
+    model: nn.Module
+    optimizer: optax.GradientTransformation
+    shape: tuple[int, int, int]
+    grid_size: tuple[int, int, int]
+    seed: int
+
+    def init_state(self) -> TrainState:
+        """State at step 0, on every local device."""
+        # Replicated from the start: a state on one device and one on all would compile the step twice.
+        return jax.jit(self._init, out_shardings=replicated())()
+
+    def state_shapes(self, sharding: jax.sharding.Sharding) -> TrainState:
+        """Shapes, types and the given sharding of a state, for restoring one."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(self._init)
+        )
+
+    def _init(self) -> TrainState:
+        image = jnp.zeros((1, *self.shape, 1))
+        params = self.model.init(rng.key(self.seed, "model"), image, image, grid_size=self.grid_size)
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+
+
+def build_run(config: dict) -> Run:
+    """Model and optimiser of a config (a plain dict, as checkpoints store it).
+
+    Raises:
+      InputError: an unknown model, model field or optimiser.
+    """
+    smallest = min(config["grid_sizes"])
+    return Run(
+        model=build(**config["model"]),
+        optimizer=build_optimizer(**config["optimizer"], steps=config["steps"]),
+        shape=tuple(config["data"]["shape"]),
+        grid_size=(smallest,) * 3,
+        seed=config["seed"],
+    )
+
+
+def replicated() -> jax.sharding.NamedSharding:
+    """Sharding of a state: the same on every local device."""
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Split the batch axis over the local devices: `[N, ...]` to `[devices, N / devices, ...]`."""
+    devices = jax.local_device_count()
+    return {name: array.reshape(devices, -1, *array.shape[1:]) for name, array in batch.items()}
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise `InputError` unless the local devices divide the batch."""
+    devices = jax.local_device_count()
+    if batch_size < 1 or batch_size % devices:
+        above = max(devices, -(-batch_size // devices) * devices)
+        raise InputError(f"batch_size {batch_size} cannot be split over {devices} devices; {above} would fit")
+
+
+def make_train_step(
+    model: nn.Module, optimizer: optax.GradientTransformation, *, seed: int, loss: dict, augmentation: dict
+) -> Callable:
+    """`step(state, batch, grid_size) -> (state, metrics)`, compiled once a grid size; it consumes `state`.
+
+    `batch` is sharded (`shard`), `grid_size` a static tuple; metrics are means over the whole batch.
+    """
+
+    def step(state: TrainState, batch: dict[str, jax.Array], grid_size: tuple[int, int, int]):
+        if any(augmentation.values()):
+            local = batch["fixed"].shape[0]
+            # A key an example, by its place in the whole batch: the same however many devices share it.
+            keys = jax.random.split(rng.key(seed, "augmentation", state.step), local * jax.lax.axis_size(AXIS))
+            keys = jax.lax.dynamic_slice_in_dim(keys, jax.lax.axis_index(AXIS) * local, local)
+            batch = augment(batch, keys, **augmentation)
+
+        def mean_loss(params):
+            prediction = model.apply(params, batch["fixed"], batch["moving"], grid_size=grid_size, train=True)
+            total, terms = objective(prediction, batch, **loss)
+            return total.mean(), {name: value.mean() for name, value in terms.items()}
+
+        (total, terms), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        gradient, metrics = jax.lax.pmean((gradient, {"loss": total, **terms}), AXIS)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.pmap(
+        step,
+        axis_name=AXIS,
+        in_axes=(None, 0, None),
+        out_axes=(None, None),
+        static_broadcasted_argnums=(2,),
+        donate_argnums=(0,),
+    )

@@ -1,0 +1,1 @@
+"""Pure functions from control grid to displacement to warped image."""

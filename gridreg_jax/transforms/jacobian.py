@@ -1,0 +1,52 @@
+"""How a dense displacement stretches and folds space: the determinant of the Jacobian of `x -> x + displacement(x)`."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gridreg_jax.errors import InputError
+
+
+def determinant(dx: Float[Array, "*P 3"], dy: Float[Array, "*P 3"], dz: Float[Array, "*P 3"]) -> Float[Array, "*P"]:
+    """`det(I + grad u)` from the derivatives of a displacement u along the three axes, without forming the matrices.
+
+    Args:
+      dx, dy, dz: the columns of grad u: derivatives along axes 0, 1 and 2, component c last; no unit.
+    """
+    xx, yx, zx = dx[..., 0] + 1, dx[..., 1], dx[..., 2]
+    xy, yy, zy = dy[..., 0], dy[..., 1] + 1, dy[..., 2]
+    xz, yz, zz = dz[..., 0], dz[..., 1], dz[..., 2] + 1
+    return xx * (yy * zz - yz * zy) - xy * (yx * zz - yz * zx) + xz * (yx * zy - yy * zx)
+
+
+def jacobian_determinant(displacement: Float[Array, "N X Y Z 3"]) -> Float[Array, "N X-2 Y-2 Z-2"]:
+    """Jacobian determinant of `x -> x + displacement(x)` at the interior voxels, by central differences.
+
+    1 keeps volume, below 1 shrinks, 0 or less folds. No unit: displacement and distances are both in voxels. Central
+    differences do not see what happens within a voxel; `bspline.jacobian` is exact at any point.
+
+    Raises:
+      InputError: an axis has fewer than three voxels, hence no interior.
+    """
+    if min(displacement.shape[1:4]) < 3:
+        raise InputError(f"central differences need 3 voxels an axis, not {displacement.shape[1:4]}")
+    inner = slice(1, -1)
+    dx = (displacement[:, 2:, inner, inner] - displacement[:, :-2, inner, inner]) / 2
+    dy = (displacement[:, inner, 2:, inner] - displacement[:, inner, :-2, inner]) / 2
+    dz = (displacement[:, inner, inner, 2:] - displacement[:, inner, inner, :-2]) / 2
+    return determinant(dx, dy, dz)
+
+
+def folding_percent(displacement: Float[Array, "N X Y Z 3"]) -> Float[Array, " N"]:
+    """Percentage of interior voxels whose Jacobian determinant is 0 or less (see `jacobian_determinant`)."""
+    return 100 * jnp.mean(jacobian_determinant(displacement) <= 0, axis=(1, 2, 3))
+
+
+def sd_log_jacobian(displacement: Float[Array, "N X Y Z 3"]) -> Float[Array, " N"]:
+    """Standard deviation over the interior voxels of the natural logarithm of the Jacobian determinant.
+
+    0 for a translation or any affine map. Determinants are clipped below at 1e-9 first, so every folded voxel counts
+    as log(1e-9) = -20.7, however badly it folds. See `jacobian_determinant` for what raises.
+
+    Source: Leow et al., IEEE Trans. Med. Imaging 2007 (statistics of the log-Jacobian).
+    """
+    return jnp.std(jnp.log(jnp.maximum(jacobian_determinant(displacement), 1e-9)), axis=(1, 2, 3))

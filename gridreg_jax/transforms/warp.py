@@ -1,0 +1,104 @@
+"""Sampling a volume at displaced points (pull-back warping), and composing such maps.
+
+Everything here is in voxels of the array it samples; a point outside is clamped to the border (border padding), so
+a zero displacement is exactly the identity, at the border too.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+
+def identity_grid(shape: tuple[int, int, int]) -> Float[Array, "X Y Z 3"]:
+    """Voxel coordinates of every voxel of a lattice: `grid[i, j, k] = (i, j, k)`."""
+    axes = [jnp.arange(size, dtype=jnp.float32) for size in shape]
+    return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)
+
+
+def corners(points: Float[Array, "*P 3"], shape: tuple[int, int, int]):
+    """The eight voxels around each point, with their trilinear weights.
+
+    Args:
+      points: voxel coordinates; clamped to the lattice.
+      shape: the lattice (X, Y, Z).
+
+    Returns:
+      A list of eight `(index, weight)`: index `[*P]` int32 into the flattened lattice, weight `[*P]`; the weights of
+      a point sum to 1. Only the weights depend differentiably on the points: no scatter appears in a gradient.
+    """
+    low, fraction = [], []
+    for axis, size in enumerate(shape):
+        coordinate = jnp.clip(points[..., axis], 0, size - 1)
+        # The last cell is closed on both sides, so that its upper corner exists; a single slice has no cell.
+        cell = jnp.clip(jnp.floor(coordinate), 0, max(size - 2, 0))
+        low.append(cell.astype(jnp.int32))
+        fraction.append(coordinate - cell)
+    strides = (shape[1] * shape[2], shape[2], 1)
+    base = sum(cell * stride for cell, stride in zip(low, strides, strict=True))
+    result = []
+    for corner in range(8):
+        bits = [(corner >> (2 - axis)) & 1 for axis in range(3)]
+        offset = sum(b * stride for b, stride, size in zip(bits, strides, shape, strict=True) if size > 1)
+        weight = 1.0
+        for bit, part in zip(bits, fraction, strict=True):
+            weight = weight * (part if bit else 1 - part)
+        result.append((base + offset, weight))
+    return result
+
+
+def sample(volume: Num[Array, "X Y Z C"], points: Float[Array, "*P 3"]) -> Float[Array, "*P C"]:
+    """Trilinear values of a volume at voxel coordinates, with border padding."""
+    flat = volume.reshape(-1, volume.shape[-1])
+    return sum(flat[index] * weight[..., None] for index, weight in corners(points, volume.shape[:3]))
+
+
+def warp(volume: Num[Array, "N X Y Z C"], displacement: Float[Array, "N x y z 3"]) -> Float[Array, "N x y z C"]:
+    """Pull-back: `warped(x) = volume(x + displacement(x))`, trilinear, border padding.
+
+    Args:
+      volume: what is sampled (the moving image).
+      displacement: voxels, component c along axis c, on the fixed lattice (whose size may differ).
+    """
+    points = identity_grid(displacement.shape[1:4]) + displacement
+    return jax.vmap(sample)(volume, points)
+
+
+def warp_labels(labels: Num[Array, "N X Y Z"], displacement: Float[Array, "N x y z 3"]) -> Num[Array, "N x y z"]:
+    """Warp a label map: each voxel takes the label with the largest sum of trilinear weights (a linear vote).
+
+    Smoother than the nearest neighbour, and it never invents a label. Ties go to the smaller corner index.
+    """
+
+    def one(volume, points):
+        flat = volume.reshape(-1)
+        found = [(flat[index], weight) for index, weight in corners(points, volume.shape)]
+        best, best_votes = found[0][0], jnp.full(found[0][0].shape, -1.0)
+        for label, _ in found:
+            votes = sum(jnp.where(other == label, weight, 0.0) for other, weight in found)
+            better = votes > best_votes + 1e-6
+            best, best_votes = jnp.where(better, label, best), jnp.where(better, votes, best_votes)
+        return best
+
+    return jax.vmap(one)(labels, identity_grid(displacement.shape[1:4]) + displacement)
+
+
+def compose(outer: Float[Array, "N X Y Z 3"], inner: Float[Array, "N X Y Z 3"]) -> Float[Array, "N X Y Z 3"]:
+    """Displacement of `outer` after `inner`: `u(x) = inner(x) + outer(x + inner(x))`, all in voxels."""
+    return inner + warp(outer, inner)
+
+
+def integrate(velocity: Float[Array, "N X Y Z 3"], *, steps: int = 7) -> Float[Array, "N X Y Z 3"]:
+    """Displacement of the flow of a stationary velocity field at time 1, by scaling and squaring.
+
+    As many as 2**steps Euler steps. Source: Arsigny et al., MICCAI 2006.
+    """
+    # A loop, not unrolled: XLA would fuse the chain of gathers into itself, and compile and run tens of times longer.
+    return jax.lax.fori_loop(0, steps, lambda _, u: compose(u, u), velocity / 2**steps)
+
+
+def invert(displacement: Float[Array, "N X Y Z 3"], *, iterations: int = 30) -> Float[Array, "N X Y Z 3"]:
+    """Inverse displacement v with `v(y) + u(y + v(y)) = 0`, by fixed-point iteration (Chen et al., Med. Phys. 2008).
+
+    Converges where `u` is a contraction (Lipschitz constant below 1), with that constant as its rate.
+    """
+    return jax.lax.fori_loop(0, iterations, lambda _, v: -warp(displacement, v), jnp.zeros_like(displacement))

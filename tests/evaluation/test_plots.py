@@ -1,0 +1,59 @@
+"""Pictures are written whole, can be read, and show what they are given."""
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from gridreg_jax.evaluation import plots
+
+SHAPE = (12, 14, 10)
+
+
+def arrays(scale=1.0):
+    rng = np.random.default_rng(0)
+    images = {name: rng.uniform(size=(*SHAPE, 1)).astype(np.float32) for name in ("fixed", "moving", "warped")}
+    return images | {"displacement": (scale * rng.normal(size=(*SHAPE, 3))).astype(np.float32)}
+
+
+def lines(steps=60, validated=True):
+    train = [dict(step=s, kind="train", loss=2 / s, image=1 / s, grid_size=5, seconds=0.1) for s in range(1, steps + 1)]
+    val = [dict(step=s, kind="val", scores={"5": 0.5 + s / 200, "8": 0.6}) for s in (30, 60)]
+    return train + val * validated
+
+
+def read(path):
+    picture = matplotlib.image.imread(path)
+    assert picture.shape[0] > 200 and picture.shape[1] > 400
+    assert picture[..., :3].std() > 0.05  # not blank
+    return picture
+
+
+def test_picture_of_a_case(tmp_path):
+    plots.case_picture(tmp_path / "new" / "case.png", arrays(), (1.0, 1.0, 1.0), "a and b")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["case.png"]
+    picture = read(tmp_path / "new" / "case.png")
+    plots.case_picture(tmp_path / "still.png", arrays(0.0), (1.0, 1.0, 1.0), "a and b")
+    assert (picture != read(tmp_path / "still.png")).mean() > 0.01
+
+
+def test_picture_keeps_the_proportions_of_the_voxels(tmp_path):
+    plots.case_picture(tmp_path / "cubes.png", arrays(), (1.0, 1.0, 1.0), "")
+    plots.case_picture(tmp_path / "slabs.png", arrays(), (1.0, 1.0, 4.0), "")
+    cubes, slabs = read(tmp_path / "cubes.png"), read(tmp_path / "slabs.png")
+    assert cubes.shape == slabs.shape and (cubes != slabs).mean() > 0.05
+
+
+@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("steps", [1, 60])
+def test_picture_of_the_curves(tmp_path, steps, validated):
+    plots.loss_curves(tmp_path / "loss.png", lines(steps, validated))
+    read(tmp_path / "loss.png")
+
+
+def test_curves_show_training_and_validation(tmp_path):
+    pictures = []
+    for number, chosen in enumerate((lines(), lines(validated=False), lines()[1:])):
+        plots.loss_curves(tmp_path / f"{number}.png", chosen)
+        pictures.append(read(tmp_path / f"{number}.png"))
+    half = pictures[0].shape[1] // 2
+    assert (pictures[0] != pictures[1])[:, half:].any() and (pictures[0] != pictures[2])[:, :half].any()

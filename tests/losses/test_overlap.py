@@ -1,0 +1,107 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from gridreg_jax.losses import soft_dice
+
+NUM_LABELS = 4
+
+
+def example(seed=0, shape=(9, 8, 7), moving_shape=(8, 9, 10)):
+    rng = np.random.default_rng(seed)
+    fixed, moving = (
+        np.kron(rng.integers(0, NUM_LABELS + 1, [-(-n // 3) for n in s]), np.ones((3, 3, 3), int))[tuple(map(slice, s))]
+        for s in (shape, moving_shape)
+    )
+    return fixed, moving, rng.normal(scale=1.5, size=(*shape, 3))
+
+
+def oracle(fixed, moving, displacement, mask=1.0):
+    """One-hot maps, each warped by scipy, in double precision."""
+    points = np.moveaxis(np.indices(fixed.shape).transpose(1, 2, 3, 0) + displacement, -1, 0)
+    values = []
+    for label in range(1, NUM_LABELS + 1):
+        f = (fixed == label) * mask
+        w = ndimage.map_coordinates((moving == label).astype(float), points, order=1, mode="nearest") * mask
+        if f.sum() + w.sum() > 0:
+            values.append(2 * np.sum((fixed == label) * w) / (f.sum() + w.sum()))
+    return 1 - np.mean(values)
+
+
+def loss(fixed, moving, displacement, **options):
+    arrays = (jnp.asarray(fixed[None]), jnp.asarray(moving[None]), jnp.asarray(displacement[None], jnp.float32))
+    return soft_dice(*arrays, num_labels=NUM_LABELS, **options)[0]
+
+
+def test_against_one_hot_maps():
+    fixed, moving, displacement = example()
+    assert float(loss(fixed, moving, displacement)) == pytest.approx(oracle(fixed, moving, displacement), abs=1e-5)
+
+
+def test_gradient_against_finite_differences_of_one_hot_maps():
+    fixed, moving, displacement = example()
+    found = np.asarray(jax.grad(lambda u: loss(fixed, moving, u))(jnp.asarray(displacement, jnp.float32)))
+    rng = np.random.default_rng(1)
+    for _ in range(4):
+        step = 1e-7 * rng.normal(size=displacement.shape)
+        slope = oracle(fixed, moving, displacement + step) - oracle(fixed, moving, displacement - step)
+        tolerance = 1e-4 * 2 * np.linalg.norm(step) * np.linalg.norm(found)
+        assert 2 * np.sum(found * step) == pytest.approx(slope, abs=tolerance)
+
+
+def test_cases_do_not_mix():
+    examples = [example(seed) for seed in range(3)]
+    stacked = [jnp.asarray(np.stack(part)) for part in zip(*examples, strict=True)]
+    found = jax.jit(soft_dice, static_argnames="num_labels")(*stacked, num_labels=NUM_LABELS)
+    assert found.shape == (3,) and found.dtype == jnp.float32
+    np.testing.assert_allclose(found, [oracle(*one) for one in examples], atol=1e-5)
+
+
+def test_mask_weights_both_sums():
+    fixed, moving, displacement = example()
+    mask = np.random.default_rng(2).random(fixed.shape) < 0.4
+    found = float(loss(fixed, moving, displacement, mask=jnp.asarray(mask[None])))
+    assert found == pytest.approx(oracle(fixed, moving, displacement, mask), abs=1e-5)
+    elsewhere = np.where(mask, fixed, 1)
+    assert found == float(loss(elsewhere, moving, displacement, mask=jnp.asarray(mask[None])))
+    slope = jax.grad(lambda u: loss(fixed, moving, u, mask=jnp.asarray(mask[None])))(jnp.asarray(displacement))
+    assert not np.asarray(slope)[~mask].any()
+
+
+def test_identity_is_perfect_and_disjoint_is_worst():
+    fixed, _, displacement = example()
+    assert float(loss(fixed, fixed, np.zeros_like(displacement))) == pytest.approx(0, abs=1e-6)
+    one, two = np.where(fixed > 0, 1, 0), np.where(fixed > 0, 0, 1)
+    assert float(loss(one, two, np.zeros_like(displacement))) == pytest.approx(1, abs=1e-6)
+
+
+def test_labels_absent_from_both_are_left_out():
+    fixed, moving, displacement = example()
+    fixed, moving = np.where(fixed == 2, 0, fixed), np.where(moving == 2, 0, moving)
+    assert float(loss(fixed, moving, displacement)) == pytest.approx(oracle(fixed, moving, displacement), abs=1e-5)
+
+
+def test_other_ids_are_background():
+    fixed, moving, displacement = example()
+    strange_fixed, strange_moving = np.where(fixed == 0, NUM_LABELS + 5, fixed), np.where(moving == 0, -3, moving)
+    assert float(loss(strange_fixed, strange_moving, displacement)) == float(loss(fixed, moving, displacement))
+
+
+def test_nothing_to_score():
+    fixed, moving, displacement = example()
+    found, slope = jax.value_and_grad(lambda u: loss(0 * fixed, 0 * moving, u))(jnp.asarray(displacement))
+    assert float(found) == 0 and not np.asarray(slope).any()
+
+
+def test_memory_does_not_grow_with_the_labels():
+    labels = jax.ShapeDtypeStruct((1, 24, 24, 24), jnp.int32)
+    field = jax.ShapeDtypeStruct((1, 24, 24, 24, 3), jnp.float32)
+
+    def mebibytes(num_labels):
+        slope = jax.grad(lambda u, f, m: soft_dice(f, m, u, num_labels=num_labels).sum())
+        return jax.jit(slope).lower(field, labels, labels).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+    one_map = 24**3 * 4 / 2**20
+    assert mebibytes(200) < mebibytes(2) + 10 * one_map

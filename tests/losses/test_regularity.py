@@ -1,0 +1,87 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gridreg_jax import losses
+from gridreg_jax.errors import InputError
+
+SHAPE = (7, 6, 8)
+X, Y, Z = np.indices(SHAPE).astype(float)
+
+
+def field(*components):
+    return jnp.asarray(np.stack([np.broadcast_to(c, SHAPE) for c in components], -1)[None], jnp.float32)
+
+
+def random_field(cases=1):
+    return jnp.asarray(np.random.default_rng(0).normal(size=(cases, *SHAPE, 3)), jnp.float32)
+
+
+def bending_oracle(u):
+    """Voxel by voxel, term by term."""
+    total, e = [], np.eye(3, dtype=int)
+    for at in itertools.product(*(range(1, n - 1) for n in SHAPE)):
+
+        def f(step, at=at):
+            return u[tuple(step + at)]
+
+        for a, b in itertools.product(range(3), repeat=2):
+            if a == b:
+                second = f(e[a]) - 2 * f(0 * e[a]) + f(-e[a])
+            else:
+                second = (f(e[a] + e[b]) - f(e[a] - e[b]) - f(e[b] - e[a]) + f(-e[a] - e[b])) / 4
+            total.append(second**2)
+    return np.sum(total) / (np.prod(np.array(SHAPE) - 2) * 3)
+
+
+@pytest.mark.parametrize(
+    ("component", "expected"),
+    [
+        (0.01 * X**2, 0.02**2 / 3),
+        (0.01 * Y**2, 0.02**2 / 3),
+        (0.01 * Z**2, 0.02**2 / 3),
+        (0.01 * X * Y, 2 * 0.01**2 / 3),
+        (0.01 * X * Z, 2 * 0.01**2 / 3),
+        (0.01 * Y * Z, 2 * 0.01**2 / 3),
+        (0.1 * (-1) ** X, 0.4**2 / 3),
+    ],
+)
+def test_bending_of_closed_forms(component, expected):
+    for components in ((component, 0, 0), (0, component, 0), (0, 0, component)):
+        assert float(losses.bending_energy(field(*components))[0]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_bending_against_its_definition():
+    u = random_field(2)
+    found = losses.bending_energy(u)
+    assert found.shape == (2,) and found.dtype == jnp.float32
+    np.testing.assert_allclose(found, [bending_oracle(np.asarray(one, float)) for one in u], rtol=1e-5)
+
+
+def test_affine_fields_do_not_bend():
+    assert float(losses.bending_energy(field(1 + X - 2 * Y, 3 * Z, 0.5 * X + Y + Z))[0]) < 1e-9
+
+
+def test_bending_needs_three_voxels_along_every_axis():
+    with pytest.raises(InputError, match="3 voxels"):
+        losses.bending_energy(jnp.zeros((1, 5, 5, 2, 3)))
+
+
+def test_diffusion():
+    assert float(losses.diffusion_energy(field(5, -1, 2))[0]) == 0
+    assert float(losses.diffusion_energy(field(0.3 * X, 0.2 * Y - 0.1 * Z, 0))[0]) == pytest.approx(0.14 / 3, rel=1e-5)
+    u = np.asarray(random_field(), float)[0]
+    expected = sum(np.mean(np.diff(u, axis=axis) ** 2) for axis in range(3))
+    assert float(losses.diffusion_energy(random_field())[0]) == pytest.approx(expected, rel=1e-5)
+    assert float(losses.diffusion_energy(jnp.ones((1, 4, 4, 1, 3)))[0]) == 0
+
+
+@pytest.mark.parametrize("energy", losses.REGULARISERS.values())
+def test_gradient(energy):
+    """An energy is a quadratic form: its slope along d is the difference of its values at u + d and u - d, halved."""
+    u, d = random_field(), random_field(2)[1:]
+    slope = jnp.sum(jax.grad(lambda u: energy(u).sum())(u) * d)
+    assert float(slope) == pytest.approx(float(energy(u + d)[0] - energy(u - d)[0]) / 2, rel=1e-3)

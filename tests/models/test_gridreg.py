@@ -1,0 +1,236 @@
+"""GridReg: sizes, symmetries and the identity it starts from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gridreg_jax.errors import InputError
+from gridreg_jax.models import build
+from gridreg_jax.models.gridreg import DecoderLevel
+from gridreg_jax.models.layers import FREQUENCIES, CrossAttention, position_encoding, resample_features
+from gridreg_jax.transforms.interpolation import INTERPOLATORS, control_positions
+
+SHAPE = (16, 20, 16)
+TINY = dict(levels=4, width=4, projection=8, decoder=8, heads=2)
+
+
+def images(shape=SHAPE, cases=1):
+    return jnp.asarray(np.random.default_rng(0).uniform(size=(2, cases, *shape, 1)), jnp.float32)
+
+
+def abstract(function, *shapes):
+    """Shapes of what a function of images of these shapes returns; nothing is computed."""
+    return jax.eval_shape(function, *(jax.ShapeDtypeStruct((1, *shape, 1), jnp.float32) for shape in shapes))
+
+
+def shapes_of_params(grid_size=(5, 5, 5), **fields):
+    def init(fixed, moving):
+        return build("gridreg", **fields).init(jax.random.key(0), fixed, moving, grid_size=grid_size)
+
+    return abstract(init, SHAPE, SHAPE)
+
+
+def random_params(**fields):
+    """Parameters away from those at the start, head included."""
+    rng = np.random.default_rng(1)
+    shapes = shapes_of_params(**fields)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), shapes)
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("levels", "width", "expected"),
+    [
+        (4, 16, 97_776),
+        (5, 16, 208_432),
+        (6, 16, 429_744),
+        (7, 16, 872_240),
+        (8, 16, 1_757_232),
+        (9, 16, 3_526_960),
+        (5, 8, 52_376),
+        (5, 32, 831_584),
+        (8, 32, 7_025_760),
+    ],
+)
+def test_encoder_has_as_many_parameters_as_the_published_one(levels, width, expected):
+    assert count(shapes_of_params(levels=levels, width=width)["params"]["encoder"]) == expected
+
+
+@pytest.mark.parametrize("window", [3, None])
+def test_one_set_of_parameters_serves_every_grid_size(window):
+    model = build("gridreg", **TINY, window=window)
+    params = shapes_of_params(**TINY, window=window)
+    for grid_size in [(5, 5, 5), (8, 8, 8), (10, 10, 10), (15, 15, 15), (7, 9, 6)]:
+        assert shapes_of_params(grid_size, **TINY, window=window) == params
+
+        def predict(fixed, moving, grid_size=grid_size):
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            return jax.tree.leaves(model.apply(zeros, fixed, moving, grid_size=grid_size))
+
+        shapes = [leaf.shape for leaf in abstract(predict, SHAPE, SHAPE)]
+        assert shapes == [(1, *SHAPE, 3), (1, *grid_size, 3), (1, *grid_size, 3)]
+
+
+@pytest.mark.parametrize("shape", [(17, 19, 15), (16, 16, 16), (33, 21, 9)])
+@pytest.mark.parametrize("downsampled", [2, 4])
+def test_any_image_size(shape, downsampled):
+    def predict(fixed, moving):
+        model = build("gridreg", **TINY, downsampled=downsampled)
+        return model.init_with_output(jax.random.key(0), fixed, moving, grid_size=(5, 4, 6))[0].displacement
+
+    displacement = abstract(predict, shape, shape)
+    assert (displacement.shape, displacement.dtype) == ((1, *shape, 3), jnp.float32)
+
+
+@pytest.mark.parametrize("window", [3, None])
+def test_starts_at_the_identity_exactly(window):
+    model = build("gridreg", **TINY, window=window)
+    start = jax.jit(lambda *pair: model.init_with_output(jax.random.key(0), *pair, grid_size=(5, 4, 6))[0].displacement)
+    np.testing.assert_array_equal(start(*images()), np.zeros((1, *SHAPE, 3)))
+
+
+@pytest.mark.parametrize("interpolator", INTERPOLATORS)
+def test_a_constant_control_grid_gives_a_constant_displacement_in_voxels(interpolator):
+    model = build("gridreg", **TINY, interpolator=interpolator)
+    params = random_params(**TINY)["params"]
+    halves = jnp.asarray([0.1, -0.2, 0.3])  # of the lattice
+    params["head"] = {"kernel": jnp.zeros((8, 3)), "bias": halves}
+    predict = jax.jit(lambda *pair: jax.tree.leaves(model.apply({"params": params}, *pair, grid_size=(5, 4, 6))))
+    for found in predict(*images()):
+        expected = np.broadcast_to(halves * (np.array(SHAPE) - 1) / 2, found.shape)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_cases_of_a_batch_do_not_influence_each_other():
+    model, params = build("gridreg", **TINY), random_params(**TINY)
+    predict = jax.jit(lambda *pair: model.apply(params, *pair, grid_size=(5, 4, 6)).control_grid)
+    fixed, moving = images(cases=2)
+    both, other = predict(fixed, moving), predict(fixed, moving.at[1].set(fixed[1]))
+    assert np.abs(both[1] - other[1]).max() > 1e-2
+    np.testing.assert_allclose(both[0], other[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [3, None])
+def test_the_order_of_the_heads_does_not_matter(window):
+    heads, features = 4, 8
+    rng = np.random.default_rng(0)
+    queries, tokens = jnp.asarray(rng.normal(size=(2, 1, 4, 5, 3, 6)), jnp.float32)
+    attention = CrossAttention(features, heads, window)
+    params = jax.jit(attention.init)(jax.random.key(0), queries, tokens)["params"]
+    if window:
+        params = {**params, "bias": jnp.asarray(rng.normal(size=(window**3, heads)), jnp.float32)}
+    order = np.array([2, 0, 3, 1])
+    columns = np.arange(features).reshape(heads, -1)[order].ravel()
+    permuted = {name: {"kernel": params[name]["kernel"][:, columns]} for name in ("query", "key", "value")}
+    permuted["out"] = {**params["out"], "kernel": params["out"]["kernel"][columns]}
+    if window:
+        permuted["bias"] = params["bias"][:, order]
+    apply = jax.jit(lambda params: attention.apply({"params": params}, queries, tokens))
+    before, after = apply(params), apply(permuted)
+    np.testing.assert_allclose(before, after, atol=1e-5)
+    # With the queries left in their order, heads meet keys of others: they do differ.
+    assert np.abs(before - apply({**permuted, "query": params["query"]})).max() > 1e-2
+
+
+def test_global_attention_knows_where_a_token_lies():
+    rng = np.random.default_rng(0)
+    grid, lattice = [np.linspace(0, 1, 5)] * 3, [np.linspace(0, 1, 4)] * 3
+    encoding, around = (jnp.asarray(position_encoding(points))[None] for points in (grid, lattice))
+    state = jnp.broadcast_to(jnp.asarray(rng.normal(size=8), jnp.float32), (1, 5, 5, 5, 8))
+    projected = jnp.asarray(rng.normal(size=(1, 4, 4, 4, 8)), jnp.float32)
+    level = DecoderLevel(8, 2, None, [np.linspace(0, 4, 4)] * 3)
+    params = level.init(jax.random.key(0), state, projected, encoding, around)
+    apply = jax.jit(lambda projected, around: level.apply(params, state, projected, encoding, around)[0])
+    mirrored = apply(projected[:, ::-1], around)
+    together = apply(projected[:, ::-1], around[:, ::-1])
+    still = apply(projected, around)
+    # Tokens are a set: their order says nothing, their position codes say it all.
+    np.testing.assert_allclose(together, still, atol=1e-5)
+    assert np.abs(mirrored - still).max() > 1e-2
+
+
+def test_a_grid_too_small_for_the_cubic_spline_is_refused():
+    model = build("gridreg", **TINY, interpolator="bspline")
+    with pytest.raises(InputError, match="control grid 4x3x4 is too small: bspline needs at least 4"):
+        abstract(lambda *pair: model.init(jax.random.key(0), *pair, grid_size=(4, 3, 4)), SHAPE, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(levels=10), "the encoder has 1 to 9 levels, not 10"),
+        (dict(levels=0), "the encoder has 1 to 9 levels, not 0"),
+        (dict(heads=3), "8 features cannot be shared by 3 heads"),
+        (dict(window=4), r"the attention window must be odd \(or None\), not 4"),
+    ],
+)
+def test_impossible_fields_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        shapes_of_params(**TINY | fields)
+
+
+def test_unknown_names_get_the_nearest_known_one():
+    with pytest.raises(InputError, match="unknown model 'gridreq'.*gridreg"):
+        build("gridreq")
+    with pytest.raises(InputError, match="no field 'widht'; did you mean 'width'"):
+        build("gridreg", widht=8)
+    with pytest.raises(InputError, match="no field 'zzz': it has levels, width, .*interpolator"):
+        build("gridreg", zzz=8)
+
+
+@pytest.mark.parametrize("method", ["trilinear", "bspline"])
+def test_position_codes_tell_control_points_apart(method):
+    codes = position_encoding([control_positions(method, 15)] * 3)
+    assert codes.shape == (15, 15, 15, 27) and codes.dtype == np.float32
+    along = codes[:, 0, 0]
+    distance = np.linalg.norm(along[:, None] - along[None], axis=-1) + 9 * np.eye(15)
+    assert distance.min() > 0.1
+    assert len(np.unique(codes.reshape(-1, 27), axis=0)) == 15**3
+
+
+@pytest.mark.parametrize("method", ["trilinear", "bspline"])
+@pytest.mark.parametrize("grid_size", range(4, 16))
+def test_no_frequency_aliases_on_any_grid(method, grid_size):
+    step = np.diff(control_positions(method, grid_size)).max()
+    assert FREQUENCIES.max() * step <= np.pi + 1e-9
+
+
+def test_position_codes_are_sines_and_cosines_of_the_positions():
+    x, y, z = (np.array(p) for p in ([0.0, 0.3], [0.2, 0.5, 1.0], [0.7]))
+    codes = position_encoding([x, y, z])
+    for axis, (size, position) in enumerate(zip((2, 3, 1), (x[1], y[2], z[0]), strict=True)):
+        found = codes[1, 2, 0].reshape(3, 9)[axis]
+        phases = position * FREQUENCIES
+        np.testing.assert_allclose(found, [2 * position - 1, *np.sin(phases), *np.cos(phases)], atol=1e-6)
+        assert codes.shape[axis] == size
+
+
+LATTICES = {"coarse": np.linspace(0, 8, 17), "fine": np.linspace(0, 8, 5), "cropped": np.arange(2.0, 7)}
+
+
+@pytest.mark.parametrize("points", LATTICES.values(), ids=LATTICES)
+def test_resampling_reproduces_constants_and_inner_ramps(points):
+    ramp = jnp.indices((9, 9, 9)).astype(jnp.float32).transpose(1, 2, 3, 0)[None]
+    found = resample_features(ramp, [points] * 3)
+    inner = slice(1, -1)
+    expected = np.stack(np.meshgrid(points, points, points, indexing="ij"), -1)
+    np.testing.assert_allclose(found[0, inner, inner, inner], expected[inner, inner, inner], atol=1e-4)
+    constant = resample_features(jnp.full((1, 9, 9, 9, 2), 3.0), [points] * 3)
+    np.testing.assert_allclose(constant, np.full((1, *[len(points)] * 3, 2), 3), rtol=1e-6)
+
+
+def test_resampling_averages_fine_features_over_the_spacing_of_the_points():
+    # A pattern that alternates from feature to feature is gone; picking the nearest feature would keep it.
+    alternating = jnp.broadcast_to((-1.0) ** jnp.arange(9).reshape(1, 9, 1, 1, 1), (1, 9, 9, 9, 1))
+    found = resample_features(alternating, [np.linspace(0, 8, 5)] * 3)
+    np.testing.assert_allclose(found[:, 1:-1], 0, atol=1e-6)
+
+
+def test_resampling_beyond_the_features_takes_the_nearest():
+    ramp = jnp.arange(3.0).reshape(1, 3, 1, 1, 1)
+    found = resample_features(ramp, [np.array([-1.0, 1.0, 3.0]), np.array([0.0, 0.5]), np.zeros(1)])
+    np.testing.assert_allclose(found[0, :, :, 0, 0], [[0, 0], [1, 1], [2, 2]], atol=1e-6)

@@ -1,0 +1,322 @@
+"""The two programs on small files: train, stop, resume, evaluate; and every mistake is one line."""
+
+import csv
+import importlib.util
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+
+from gridreg_jax.errors import InputError
+from gridreg_jax.evaluation.evaluate import evaluate
+from gridreg_jax.training import loop
+from gridreg_jax.training.checkpoint import Checkpoints
+from gridreg_jax.training.loop import fit
+from gridreg_jax.training.step import build_run
+from gridreg_jax.training.writers import read_metrics
+
+ROOT = Path(__file__).parents[1]
+STEPS = 60
+TINY = {
+    "model.levels": 4,
+    "model.width": 4,
+    "data.shape": (16, 20, 16),
+    "data.spacing": (1.0, 1.0, 1.0),
+    "data.center": "image",
+    "data.evaluation_pairs": (1, 2),
+    "loss.dice": 0.5,
+    "augmentation.affine": 0.02,
+    "augmentation.noise": 0.01,
+    "optimizer.learning_rate": 5e-3,
+    "grid_sizes": (4, 5),
+    "batch_size": 2,
+    "steps": STEPS,
+    "val_every": 30,
+    "checkpoint_every": 16,
+}
+pytestmark = pytest.mark.skipif(2 % jax.local_device_count() != 0, reason="batches of 2 need one device or two")
+
+
+def tiny_config(subjects, **changes):
+    """The config for brains, made tiny; `changes` with `__` for dots."""
+    spec = importlib.util.spec_from_file_location("brain", ROOT / "configs" / "brain.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    config.update_from_flattened_dict(TINY | {"data.subjects": str(subjects)} | changes)
+    return config
+
+
+def start(program, *options):
+    """Start `train.py` or `eval.py` as a user does, from the repository."""
+    command = [sys.executable, program, *options]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def train_options(subjects, workdir):
+    values = TINY | {"data.subjects": str(subjects)}
+    return ["--config=configs/brain.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in values.items())]
+
+
+def final_params(workdir):
+    with Checkpoints(workdir) as checkpoints:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        found = checkpoints.restore(lambda c: build_run(c).state_shapes(device), order=[STEPS], notify=pytest.fail)
+    return found[1]
+
+
+def losses(workdir):
+    """The lines of a run without what depends on the clock."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(workdir)]
+
+
+def cases(folder):
+    with open(folder / "cases.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def assert_same_run(one, other):
+    assert losses(one) == losses(other)
+    for a, b in zip(jax.tree.leaves(final_params(one)), jax.tree.leaves(final_params(other)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert cases(one / "evaluation") == cases(other / "evaluation")
+
+
+@pytest.fixture(scope="module")
+def trained(subjects_csv, tmp_path_factory):
+    """Folder and summary of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("trained")
+    return workdir, fit(tiny_config(subjects_csv), workdir)
+
+
+def test_a_run_learns_and_leaves_its_results(trained):
+    workdir, summary = trained
+    lines = read_metrics(workdir)
+    training = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in training] == list(range(1, STEPS + 1))
+    assert {line["grid_size"] for line in training} == {4, 5}
+    loss = [line["loss"] for line in training]
+    assert np.mean(loss[-20:]) < 0.9 * np.mean(loss[:20])
+    validation = [line for line in lines if line["kind"] == "val"]
+    assert [line["step"] for line in validation] == [30, 60]
+    for line in validation:
+        assert line["scores"].keys() == {"4", "5"}
+        assert line["score"] == max(line["scores"].values()) == line["scores"][str(line["grid_size"][0])]
+    assert any((workdir / "events").iterdir())
+    assert summary == json.loads((workdir / "evaluation" / "summary.json").read_text())
+
+
+def test_the_results_of_the_evaluation(trained):
+    workdir, summary = trained
+    # The checkpoint with the best score, at the grid size that it was best with.
+    best = max((line for line in read_metrics(workdir) if line["kind"] == "val"), key=lambda line: line["score"])
+    assert (summary["grid_size"], summary["cases"]) == (best["grid_size"], 2)
+    assert summary["metrics"].keys() >= {"dice", "tre_mm", "centroid_mm", "mse", "folding_percent", "sd_log_jacobian"}
+    rows = cases(workdir / "evaluation")
+    assert sorted((row["fixed"], row["moving"]) for row in rows) == [("image6", "image7"), ("image7", "image6")]
+    for name in ("dice", "tre_mm", "mse"):
+        for when in ("before", "after"):
+            mean = np.mean([float(row[f"{name}_{when}"]) for row in rows])
+            np.testing.assert_allclose(summary["metrics"][name][when], mean)
+    assert {"dice_after_3", "dice_after_7"} < rows[0].keys()
+    assert_pictures(workdir / "evaluation")
+
+
+def assert_pictures(folder):
+    assert sorted(path.name for path in folder.glob("*.png")) == ["case00.png", "case01.png", "loss.png"]
+    for path in folder.glob("*.png"):
+        assert matplotlib.image.imread(path)[..., :3].std() > 0.05
+
+
+def test_a_run_stopped_by_ctrl_c_and_resumed_is_the_uninterrupted_one(trained, subjects_csv, tmp_path):
+    process = start("train.py", *train_options(subjects_csv, tmp_path))
+    while process.poll() is None and len(read_metrics(tmp_path)) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert process.returncode == 0 and "Traceback" not in errors, errors
+    stopped = read_metrics(tmp_path)[-1]["step"]
+    assert 3 <= stopped < STEPS
+    assert f"stopped at step {stopped} and saved" in output
+    assert not (tmp_path / "evaluation").exists()
+    assert fit(tiny_config(subjects_csv), tmp_path) is not None
+    assert_same_run(trained[0], tmp_path)
+
+
+def test_a_run_whose_latest_checkpoint_is_damaged_goes_back_and_ends_the_same(trained, subjects_csv, tmp_path, capsys):
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained[0], workdir)
+    for path in (workdir / "checkpoints" / str(STEPS)).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:50])
+    fit(tiny_config(subjects_csv), workdir)
+    assert f"{STEPS} is damaged and passed over" in capsys.readouterr().out
+    assert_same_run(trained[0], workdir)
+
+
+def test_a_finished_run_started_again_is_only_evaluated(trained, subjects_csv, tmp_path):
+    before = (trained[0] / "metrics.jsonl").read_text()
+    again = fit(tiny_config(subjects_csv), trained[0])
+    assert (trained[0] / "metrics.jsonl").read_text() == before
+    assert again["metrics"]["dice"] == trained[1]["metrics"]["dice"]
+
+
+def test_eval_on_a_list_of_pairs_at_another_grid_size(trained, subjects_csv, tmp_path):
+    folder = subjects_csv.parent
+    rows = [[f"{name}{i}.nii.gz" for name in ("image", "labels") for i in pair] for pair in [(0, 7), (6, 5)]]
+    text = "\n".join(["fixed,moving,fixed_labels,moving_labels", *map(",".join, rows)]) + "\n"
+    (folder / "other_pairs.csv").write_text(text)
+    options = [f"--workdir={trained[0]}", f"--pairs={folder / 'other_pairs.csv'}", "--grid_size=6", f"--out={tmp_path}"]
+    process = start("eval.py", *options)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "2 cases, control grid 6x6x6" in output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["grid_size"], summary["cases"]) == ([6, 6, 6], 2)
+    for name in ("dice", "folding_percent", "sd_log_jacobian"):
+        values = summary["metrics"][name]
+        assert values.keys() == {"before", "after", "after_sd"} and np.isfinite([*values.values()]).all()
+    assert [(row["fixed"], row["moving"]) for row in cases(tmp_path)] == [("image0", "image7"), ("image6", "image5")]
+    assert_pictures(tmp_path)
+
+
+NO_OPTION = "the config has no such option: "
+BAD_FLAGS = {
+    "a misspelt option": ("train.py", ["--config.optimzer.learning_rate=1"], f'{NO_OPTION}.*Did you mean optimizer'),
+    "in a group": ("train.py", ["--config.optimizer.learning_rat=1"], f'{NO_OPTION}.*Did you mean learning_rate'),
+    "like no option": ("train.py", ["--config.zzz=1"], f"{NO_OPTION}.*zzz"),
+    "a value of another kind": ("train.py", ["--config.steps=many"], "--config.steps=many: .*'many'$"),
+    "a config that is not there": ("train.py", ["--config=configs/none.py"], "configs/none.py"),
+    "no config": ("train.py", None, "config"),
+    "an argument without a name": ("train.py", ["data.csv"], "'data.csv'.*--name=value"),
+    "an unknown flag": ("train.py", ["--workdri=x"], "workdri"),
+    "no workdir": ("eval.py", [], "workdir"),
+    "a workdir without a run": ("eval.py", ["--workdir=none"], "none: holds no run"),
+    "a grid size in words": ("eval.py", ["--workdir=none", "--grid_size=ten"], "--grid_size=ten: give one whole"),
+    "a list that is not there": ("train.py", ["--config.data.pairs=none.csv"], "none.csv: cannot be read"),
+    "too few numbers": ("train.py", ["--config.data.cohort_subjects=(3, 2)"], "data.cohort_subjects must be 3 whole"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory):
+    """The programs with each of the mistakes, started together."""
+    workdir, running = tmp_path_factory.mktemp("mistakes") / "run", {}
+    for case, (program, options, _) in BAD_FLAGS.items():
+        if program == "train.py" and options is not None:
+            batch = f"--config.batch_size={2 * jax.local_device_count()}"
+            options = ["--config=configs/brain.py", f"--workdir={workdir}", batch, *options]
+        running[case] = start(program, *(options or []))
+    return running
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_a_mistake_on_the_command_line_is_one_line(mistaken, case):
+    output, errors = mistaken[case].communicate()
+    assert mistaken[case].returncode == 2, (output, errors)
+    (line,) = errors.strip().splitlines()
+    assert re.search(f"^error: .*{BAD_FLAGS[case][-1]}", line)
+
+
+def with_bad_image(tmp_path, subjects, write_nifti, array=None, labels=None):
+    """The list of subjects, with one more that has this image or these labels."""
+    good = np.random.default_rng(0).uniform(size=(16, 20, 16)).astype(np.float32)
+    write_nifti(tmp_path / "the_image.nii.gz", good if array is None else array)
+    write_nifti(tmp_path / "the_labels.nii.gz", np.zeros((16, 20, 16), np.int16) if labels is None else labels)
+    rows = [f"{subjects.parent / f'image{i}.nii.gz'},{subjects.parent / f'labels{i}.nii.gz'}" for i in range(2)]
+    rows = ["image,labels", *rows, "the_image.nii.gz,the_labels.nii.gz"]
+    (tmp_path / "subjects.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path / "subjects.csv"
+
+
+def nan_inside():
+    array = np.random.default_rng(0).uniform(size=(16, 20, 16)).astype(np.float32)
+    array[3, 4, 5] = np.nan
+    return array
+
+
+BAD_FILES = {
+    "four dimensions": (dict(array=np.ones((16, 20, 16, 2), np.float32)), "the_image.nii.gz: one three-dimensional"),
+    "NaN": (dict(array=nan_inside()), "the_image.nii.gz: 1 of 5120 voxels are not finite"),
+    "constant": (dict(array=np.ones((16, 20, 16), np.float32)), "the_image.nii.gz: every voxel is 1"),
+    "labels elsewhere": (dict(labels=np.ones((16, 20, 15), np.int16)), "the_labels.nii.gz: its shape .*the_image"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_named_before_training(case, tmp_path, subjects_csv, write_nifti):
+    files, message = BAD_FILES[case]
+    subjects = with_bad_image(tmp_path, subjects_csv, write_nifti, **files)
+    with pytest.raises(InputError, match=message) as caught:
+        fit(tiny_config(subjects), tmp_path / "run")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+BAD_VALUES = {
+    "batch": (dict(batch_size=jax.local_device_count() + 1), "batch_size . cannot be split"),
+    "grid of a cubic spline": (dict(grid_sizes=(3, 5), model__interpolator="bspline"), "3x3x3 is too small: bspline"),
+    "no grid": (dict(grid_sizes=()), "grid_sizes is empty"),
+    "grid in words": (dict(grid_sizes=("ten",)), "grid_sizes must be whole numbers.*'ten'"),
+    "interpolator": (dict(model__interpolator="linear"), "unknown interpolation 'linear'"),
+    "similarity": (dict(loss__similarity="mes"), "loss.similarity: 'mes' is not known"),
+    "optimizer": (dict(optimizer__name="adm"), "optimizer.name: 'adm' is not known"),
+    "model": (dict(model__name="gridreq"), "unknown model 'gridreq'"),
+    "steps": (dict(steps=0), "steps must be 1 or more"),
+    "missing list": (dict(data__subjects="none.csv"), "none.csv: cannot be read"),
+    "center": (dict(data__center="middle"), "center must be one of mass, image"),
+    "labels": (dict(data__labels=(4,)), "no image has label 4"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_a_bad_value_is_named_before_training(case, tmp_path, subjects_csv):
+    changes, message = BAD_VALUES[case]
+    with pytest.raises(InputError, match=message) as caught:
+        fit(tiny_config(subjects_csv, **changes), tmp_path / "run")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dice_loss_without_labels_is_refused(tmp_path, subjects_csv):
+    rows = [f"{subjects_csv.parent / f'image{i}.nii.gz'}" for i in range(3)]
+    (tmp_path / "subjects.csv").write_text("\n".join(["image", *rows]) + "\n")
+    with pytest.raises(InputError, match="loss.dice is on, but not every image has labels"):
+        fit(tiny_config(tmp_path / "subjects.csv"), tmp_path / "run")
+
+
+def test_a_workdir_of_another_model_is_refused_and_left_alone(trained, subjects_csv):
+    before = {path: path.stat().st_mtime_ns for path in trained[0].rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"holds a run of another model \(width: 4 there, 8 now\)"):
+        fit(tiny_config(subjects_csv, model__width=8), trained[0])
+    assert {path: path.stat().st_mtime_ns for path in trained[0].rglob("*") if path.is_file()} == before
+
+
+def test_an_evaluation_of_nothing_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no run"):
+        evaluate(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="the run has no checkpoint yet"):
+        evaluate(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_names_the_step(tmp_path, subjects_csv, monkeypatch):
+    losses = iter([0.5, 0.4, float("nan"), 0.3])
+
+    def step(state, batch, grid_size):
+        return state, {"loss": np.float32(next(losses))}
+
+    monkeypatch.setattr(loop, "make_train_step", lambda *_, **__: step)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
+        loop.fit(tiny_config(subjects_csv), tmp_path)
+    assert [line["loss"] for line in read_metrics(tmp_path)] == pytest.approx([0.5, 0.4])

@@ -1,0 +1,132 @@
+"""The training step: several devices do what one does, and the state is consumed."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from gridreg_jax.errors import InputError
+from gridreg_jax.training import step as training
+
+SHAPE, BATCH, STEPS, GRID = (16, 20, 16), 2, 5, (4, 5, 4)
+CONFIG = dict(
+    seed=0,
+    steps=STEPS,
+    grid_sizes=(4,),
+    model=dict(name="gridreg", levels=4, width=4, projection=8, decoder=8, heads=2),
+    # Plain gradient descent: Adam would hide a gradient that is off by a factor.
+    optimizer=dict(name="sgd", learning_rate=0.05),
+    data=dict(shape=SHAPE),
+)
+LOSS = dict(interpolator="trilinear", num_labels=2, dice=1.0)
+AUGMENTATION = dict(flip=0.5, affine=0.05, shift=0.5, elastic=0.5, contrast=0.1, noise=0.02)
+
+
+def batch(examples=range(BATCH)):
+    """Two blobs that lie elsewhere in each image: the gradients of the examples differ."""
+    images = []
+    for seed in examples:
+        rng = np.random.default_rng(seed)
+        grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1)
+        squared = [((grid - center) ** 2).sum(-1) for center in rng.uniform([4, 5, 4], [11, 14, 11], (4, 3))]
+        pair = squared[:2], squared[2:]
+        images.append([(sum(np.exp(-d / 12) for d in two), np.select([d < 12 for d in two], [1, 2])) for two in pair])
+    arrays = {}
+    for side, name in enumerate(("fixed", "moving")):
+        arrays[name] = np.stack([pair[side][0] for pair in images])[..., None].astype(np.float32)
+        arrays[f"{name}_labels"] = np.stack([pair[side][1] for pair in images]).astype(np.int32)
+    return arrays
+
+
+def train(examples=range(BATCH)):
+    """Parameters and loss after some steps on one batch, and the state they started from."""
+    run = training.build_run(CONFIG)
+    step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation=AUGMENTATION)
+    start = state = run.init_state()
+    for _ in range(STEPS):
+        state, metrics = step(state, training.shard(batch(examples)), GRID)
+        losses = jax.device_get(metrics)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state.params))
+    params = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    return params, losses, state, start
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    """Another process that trains on one device, started early, and the file that it will write."""
+    if jax.local_device_count() != 2 or jax.default_backend() != "cpu":
+        pytest.skip("needs two CPU devices: XLA_FLAGS=--xla_force_host_platform_device_count=2")
+    path = tmp_path_factory.mktemp("one") / "params.npz"
+    environment = os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=2", "device_count=1"),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    return subprocess.Popen([sys.executable, __file__, path], env=environment), path
+
+
+@pytest.fixture(scope="module")
+def on_all_devices(one_device):
+    return train()
+
+
+@pytest.fixture(scope="module")
+def on_one_device(one_device, on_all_devices):
+    process, path = one_device
+    assert process.wait() == 0
+    return np.load(path)
+
+
+def test_two_devices_take_the_steps_of_one(on_all_devices, on_one_device):
+    params, losses, *_ = on_all_devices
+    assert on_one_device["devices"] == 1
+    np.testing.assert_allclose(losses["loss"], on_one_device["loss"], atol=1e-5)
+    for name, leaf in params.items():
+        np.testing.assert_allclose(leaf, on_one_device[name], atol=1e-5, err_msg=name)
+
+
+def test_every_example_counts_so_that_a_forgotten_mean_over_devices_would_show(on_all_devices):
+    """Were gradients not averaged, the state would follow the first device's examples alone."""
+    both, losses, *_ = on_all_devices
+    first, first_losses, *_ = train(examples=[0, 0])
+    assert max(np.abs(both[name] - first[name]).max() for name in both) > 1e-3
+    assert abs(losses["loss"] - first_losses["loss"]) > 1e-3
+
+
+def test_the_state_counts_steps_and_the_old_one_is_given_up(on_all_devices):
+    _, losses, state, start = on_all_devices
+    assert int(state.step) == STEPS
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start.params))
+    assert losses.keys() == {"loss", "image", "grid", "dice", "bending"}
+    np.testing.assert_allclose(losses["loss"], sum(losses[name] for name in losses if name != "loss"), rtol=1e-5)
+
+
+def test_a_state_is_the_same_on_every_device(on_all_devices):
+    _, _, state, _ = on_all_devices
+    for leaf in jax.tree.leaves(state):
+        first, second = (np.asarray(shard.data) for shard in leaf.addressable_shards)
+        np.testing.assert_array_equal(first, second)
+
+
+def test_shard_keeps_the_order_of_the_examples():
+    devices = jax.local_device_count()
+    array = np.arange(2 * devices * 3).reshape(2 * devices, 3)
+    sharded = training.shard({"fixed": array})["fixed"]
+    assert sharded.shape == (devices, 2, 3)
+    np.testing.assert_array_equal(sharded.reshape(array.shape), array)
+
+
+@pytest.mark.parametrize("batch_size", [0, 1, 3])
+def test_a_batch_that_cannot_be_split_is_refused_with_the_next_that_can(monkeypatch, batch_size):
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    training.check_batch_size(4)
+    message = f"batch_size {batch_size} cannot be split over 2 devices; {4 if batch_size == 3 else 2} would fit"
+    with pytest.raises(InputError, match=message):
+        training.check_batch_size(batch_size)
+
+
+if __name__ == "__main__":
+    params, losses, *_ = train()
+    np.savez(sys.argv[1], devices=jax.local_device_count(), loss=losses["loss"], **params)
