@@ -16,7 +16,15 @@ def get_config() -> ConfigDict:
     config.model.name = "gridreg"
     config.model.levels = 5
     config.model.width = 16
-    config.model.interpolator = "trilinear"
+    config.model.downsampled = 4  # levels with stride 2
+    config.model.skips = (3, 2, 1)  # encoder levels that are projected to tokens, after the last one
+    config.model.projection = 32
+    config.model.decoder = 32
+    config.model.heads = 4
+    config.model.window = 3  # grid cells an axis that a control point attends to; None: global attention
+    config.model.tokens = 8  # with global attention, tokens an axis
+    config.model.interpolator = "bspline"
+    config.model.contrast_window = 9
     config.model.iterations = 2
 
     config.data = ConfigDict()
@@ -31,11 +39,11 @@ def get_config() -> ConfigDict:
     config.data.cache_dir = ""  # for prepared images; "" for $GRIDREG_CACHE or ~/.cache/gridreg_jax
 
     config.loss = ConfigDict()
-    config.loss.similarity = "mse"
+    config.loss.similarity = "lncc"
     config.loss.image = 1.0
     config.loss.grid = 1.0
     config.loss.dice = 0.0  # the paper trains data set 3 without labels
-    config.loss.bending = 1.0
+    config.loss.bending = 3.0
 
     config.augmentation = ConfigDict()
     config.augmentation.flip = 0.0
@@ -47,13 +55,13 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.decay = True
     config.optimizer.clip = 1.0
 
     config.grid_sizes = (5, 8, 10, 15)
     config.batch_size = 1
-    config.steps = 600
-    config.val_every = 300
+    config.steps = 500
+    config.val_every = 250
     config.checkpoint_every = 100
     return config

@@ -16,6 +16,12 @@ def get_config() -> ConfigDict:
     config.model.levels = 5
     config.model.width = 16
     config.model.downsampled = 3
+    config.model.skips = (3, 2, 1)  # encoder levels that are projected to tokens, after the last one
+    config.model.projection = 32
+    config.model.decoder = 32
+    config.model.heads = 4
+    config.model.window = 3  # grid cells an axis that a control point attends to; None: global attention
+    config.model.tokens = 8  # with global attention, tokens an axis
     config.model.interpolator = "bspline"
     config.model.iterations = 2
 
@@ -47,7 +53,7 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.decay = True
     config.optimizer.clip = 1.0
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from gridreg_jax.models.layers import CrossAttention, Encoder, position_encoding, resample_features
+from gridreg_jax.models.layers import CrossAttention, Encoder, local_norm, position_encoding, resample_features
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.transforms.interpolation import (
     check_grid_size,
@@ -31,6 +31,7 @@ class GridReg(nn.Module):
       window: neighbouring grid cells an axis that a control point attends to; None: all tokens (global).
       tokens: with global attention, tokens an axis; memory does not depend on the image size.
       interpolator: "trilinear", "bspline" or "gaussian".
+      contrast_window: voxels an axis (odd) of the box in which intensities are normalised before the encoder; 0: none.
       iterations: how often the network runs, each time on the moving image as it is warped so far; the control grids
         add up, so the map stays one control grid. 1 is the paper's network; more is an addition of this library.
     """
@@ -46,6 +47,7 @@ class GridReg(nn.Module):
     tokens: int = 8
     interpolator: str = "trilinear"
     iterations: int = 1
+    contrast_window: int = 0
 
     @nn.compact
     def __call__(
@@ -86,9 +88,10 @@ class GridReg(nn.Module):
     def _increment(self, fixed, moving, grid_size) -> Float[Array, "N gx gy gz 3"]:
         """Control grid of the map from fixed to moving, as far as one run of the network finds it."""
         shape = fixed.shape[1:4]
-        pyramid = Encoder(self.levels, self.width, self.downsampled, name="encoder")(
-            jnp.concatenate([fixed, moving], axis=-1)
-        )
+        images = jnp.concatenate([fixed, moving], axis=-1)
+        if self.contrast_window:
+            images = local_norm(images, self.contrast_window)
+        pyramid = Encoder(self.levels, self.width, self.downsampled, name="encoder")(images)
         positions = [control_positions(self.interpolator, g) for g in grid_size]
         lattice = positions if self.window else [np.linspace(0, 1, self.tokens)] * 3
         tokens = jnp.stack([self._project(*pyramid[level], level, lattice, shape) for level in self._decoded])
@@ -152,7 +155,8 @@ class DecoderLevel(nn.Module):
         """`state`, `encoding` on the control grid; `projected`, `around` (positions of the tokens) on theirs."""
         normed = nn.LayerNorm()(state)
         carried = normed if self.places is None else resample_features(normed, self.places)
-        tokens = jnp.concatenate([projected, carried, around], axis=-1)
+        # Normed, a token holds ratios of what was averaged over its cell, whatever the contrast there.
+        tokens = jnp.concatenate([nn.LayerNorm()(projected), carried, around], axis=-1)
         queries = jnp.concatenate([normed, encoding], axis=-1)
         state = state + CrossAttention(self.features, self.heads, self.window)(queries, tokens)
         hidden = nn.gelu(nn.Dense(2 * self.features)(nn.LayerNorm()(state)))

@@ -26,6 +26,25 @@ def instance_norm(x: Float[Array, "N X Y Z C"], *, epsilon: float = 1e-5) -> Flo
     return (x - mean) * jax.lax.rsqrt(variance + epsilon)
 
 
+def local_norm(x: Float[Array, "N X Y Z C"], window: int, *, epsilon: float = 0.05) -> Float[Array, "N X Y Z C"]:
+    """Zero mean and about unit deviation in a box of `window`^3 voxels around every voxel.
+
+    Faint structure inside an organ then weighs as much as its outline. `epsilon` is the deviation (intensities in
+    [0, 1]) below which a region counts as flat, so that noise is not blown up.
+    """
+
+    def box_mean(values):
+        for axis in (1, 2, 3):
+            shape = [window if a == axis else 1 for a in range(5)]
+            values = jax.lax.reduce_window(values, 0.0, jax.lax.add, shape, (1,) * 5, "SAME")
+        return values
+
+    count = box_mean(jnp.ones((1, *x.shape[1:4], 1), x.dtype))
+    mean = box_mean(x) / count
+    variance = jnp.maximum(box_mean(x * x) / count - mean**2, 0)
+    return (x - mean) * jax.lax.rsqrt(variance + epsilon**2)
+
+
 class Encoder(nn.Module):
     """Multi-scale features of an image pair (paper, section 3.1, E^(l)).
 
