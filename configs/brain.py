@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.data.center = "mass"  # what comes to the middle of the lattice: centre of "mass" or of the "image"
     config.data.labels = ()  # label values to score; () for all that occur
     config.data.cohort_subjects = (24, 4, 6)  # training, validation, test
-    config.data.evaluation_pairs = (4, 12)  # validation and test pairs drawn among subjects
+    config.data.evaluation_pairs = (6, 12)  # validation and test pairs drawn among subjects
     config.data.cache_dir = ""  # for prepared images; "" for $GRIDREG_CACHE or ~/.cache/gridreg_jax
 
     config.loss = ConfigDict()
@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     config.loss.image = 1.0
     config.loss.grid = 1.0
     config.loss.dice = 0.0  # the paper trains data set 3 without labels
-    config.loss.bending = 3.0
+    config.loss.bending = 10.0
 
     config.augmentation = ConfigDict()
     config.augmentation.flip = 0.0
@@ -55,13 +55,13 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.decay = True
     config.optimizer.clip = 1.0
 
     config.grid_sizes = (5, 8, 10, 15)
     config.batch_size = 1
-    config.steps = 500
-    config.val_every = 250
+    config.steps = 400
+    config.val_every = 200
     config.checkpoint_every = 100
     return config

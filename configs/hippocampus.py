@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.model.window = 3  # grid cells an axis that a control point attends to; None: global attention
     config.model.tokens = 8  # with global attention, tokens an axis
     config.model.interpolator = "bspline"
+    config.model.contrast_window = 9  # voxels an axis; intensities are normalised locally before the encoder
     config.model.iterations = 2
 
     config.data = ConfigDict()
@@ -53,13 +54,13 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.decay = True
     config.optimizer.clip = 1.0
 
     config.grid_sizes = (5, 8, 10, 15)
     config.batch_size = 2
-    config.steps = 6000
+    config.steps = 4000
     config.val_every = 1000
     config.checkpoint_every = 500
     return config

@@ -31,7 +31,9 @@ def summarise(rows: list[dict], grid_size: tuple[int, int, int]) -> dict:
         if after.size:
             found[name] = {"before": float(_values(rows, f"{name}_before").mean()), **_spread(after)}
     for name in OF_THE_MAP:
-        found[name] = {"before": 0.0, **_spread(_values(rows, name))}
+        after = _values(rows, name)
+        if after.size:
+            found[name] = {"before": 0.0, **_spread(after)}
     found["seconds"] = {"after": float(np.median(_values(rows, "seconds")))}
     return {"grid_size": list(grid_size), "cases": len(rows), "metrics": found}
 

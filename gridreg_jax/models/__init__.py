@@ -2,6 +2,8 @@
 
 import difflib
 
+from flax import linen as nn
+
 from gridreg_jax.errors import InputError
 from gridreg_jax.models.gridreg import GridReg
 from gridreg_jax.models.prediction import Prediction
@@ -18,7 +20,7 @@ def build(name: str, **fields):
     if name not in MODELS:
         raise InputError(f"unknown model {name!r}: known are {', '.join(MODELS)}")
     model = MODELS[name]
-    known = [field for field in model.__dataclass_fields__ if field not in ("parent", "name")]
+    known = _fields(model)
     for field in fields:
         if field not in known:
             near = difflib.get_close_matches(field, known, n=1)
@@ -27,4 +29,14 @@ def build(name: str, **fields):
     return model(**fields)
 
 
-__all__ = ["MODELS", "Prediction", "build"]
+def describe(model: nn.Module) -> dict:
+    """Name and every field of a model, defaults included: what `build` needs to make the same one again."""
+    name = next(name for name, known in MODELS.items() if type(model) is known)
+    return {"name": name} | {field: getattr(model, field) for field in _fields(model)}
+
+
+def _fields(model) -> list[str]:
+    return [field for field in model.__dataclass_fields__ if field not in ("parent", "name")]
+
+
+__all__ = ["MODELS", "Prediction", "build", "describe"]

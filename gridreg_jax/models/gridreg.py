@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from gridreg_jax.errors import InputError
 from gridreg_jax.models.layers import CrossAttention, Encoder, local_norm, position_encoding, resample_features
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.transforms.interpolation import (
@@ -68,6 +69,10 @@ class GridReg(nn.Module):
         """
         del train  # nothing here differs between training and inference
         check_grid_size(grid_size, self.interpolator)
+        if self.contrast_window and self.contrast_window % 2 == 0:
+            raise InputError(f"model.contrast_window is {self.contrast_window}: give an odd number of voxels, or 0")
+        if self.iterations < 1:
+            raise InputError(f"model.iterations is {self.iterations}: give 1 or more")
         shape = fixed.shape[1:4]
 
         def refine(model: "GridReg", control_grid, _):

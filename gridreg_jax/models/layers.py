@@ -35,13 +35,17 @@ def local_norm(x: Float[Array, "N X Y Z C"], window: int, *, epsilon: float = 0.
 
     def box_mean(values):
         for axis in (1, 2, 3):
+            size = values.shape[axis]
+            place = np.arange(size)
+            # Cut at the borders: how many voxels of the box exist.
+            count = np.minimum(place, window // 2) + np.minimum(size - 1 - place, window // 2) + 1
             shape = [window if a == axis else 1 for a in range(5)]
             values = jax.lax.reduce_window(values, 0.0, jax.lax.add, shape, (1,) * 5, "SAME")
+            values = values / count.reshape([size if a == axis else 1 for a in range(5)]).astype(np.float32)
         return values
 
-    count = box_mean(jnp.ones((1, *x.shape[1:4], 1), x.dtype))
-    mean = box_mean(x) / count
-    variance = jnp.maximum(box_mean(x * x) / count - mean**2, 0)
+    mean = box_mean(x)
+    variance = jnp.maximum(box_mean(x * x) - mean**2, 0)
     return (x - mean) * jax.lax.rsqrt(variance + epsilon**2)
 
 

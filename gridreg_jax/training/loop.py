@@ -17,6 +17,7 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation.evaluate import evaluate
 from gridreg_jax.evaluation.measure import make_predict, measure, score
 from gridreg_jax.evaluation.tables import summarise
+from gridreg_jax.models import describe
 from gridreg_jax.rng import generator
 from gridreg_jax.training.checkpoint import Checkpoints
 from gridreg_jax.training.step import build_run, check_batch_size, make_train_step, replicated, shard
@@ -47,6 +48,8 @@ def fit(config: ConfigDict, workdir: str | Path) -> dict | None:
     config, workdir = config.to_dict(), Path(workdir)
     check_config(config)
     run = build_run(config)
+    # All fields, so that a run can be rebuilt when a default has changed.
+    config["model"] = describe(run.model)
     dataset = open_dataset(**config["data"], seed=config["seed"], notify=tqdm.write)
     interpolator = getattr(run.model, "interpolator", "")
     loss = config["loss"] | {"interpolator": interpolator, "num_labels": len(dataset.label_values)}

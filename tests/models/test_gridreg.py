@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from gridreg_jax.errors import InputError
-from gridreg_jax.models import build
+from gridreg_jax.models import build, describe
 from gridreg_jax.models.gridreg import DecoderLevel
 from gridreg_jax.models.layers import FREQUENCIES, CrossAttention, position_encoding, resample_features
 from gridreg_jax.transforms.interpolation import INTERPOLATORS, control_positions
+from gridreg_jax.transforms.warp import warp
 
 SHAPE = (16, 20, 16)
 TINY = dict(levels=4, width=4, projection=8, decoder=8, heads=2)
@@ -234,3 +235,27 @@ def test_resampling_beyond_the_features_takes_the_nearest():
     ramp = jnp.arange(3.0).reshape(1, 3, 1, 1, 1)
     found = resample_features(ramp, [np.array([-1.0, 1.0, 3.0]), np.array([0.0, 0.5]), np.zeros(1)])
     np.testing.assert_allclose(found[0, :, :, 0, 0], [[0, 0], [1, 1], [2, 2]], atol=1e-6)
+
+
+def test_a_second_iteration_adds_what_the_network_finds_on_the_warped_image():
+    fixed, moving = images()
+    params = random_params(iterations=1, **TINY)
+    options = dict(grid_size=(4, 5, 4))
+    once = build("gridreg", iterations=1, **TINY)
+    first = once.apply(params, fixed, moving, **options)
+    second = once.apply(params, fixed, warp(moving, first.displacement), **options)
+    both = build("gridreg", iterations=2, **TINY).apply(params, fixed, moving, **options)
+    np.testing.assert_allclose(both.control_grid, first.control_grid + second.control_grid, atol=1e-4)
+
+
+@pytest.mark.parametrize("field", [{"contrast_window": 4}, {"iterations": 0}])
+def test_impossible_fields_are_named(field):
+    with pytest.raises(InputError, match=f"model.{next(iter(field))} is"):
+        shapes_of_params(**field, **TINY)
+
+
+def test_a_model_is_described_by_all_its_fields():
+    model = build("gridreg", levels=6, interpolator="bspline")
+    described = describe(model)
+    assert described["levels"] == 6 and "decoder" in described
+    assert build(**described) == model
