@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
     config.model.window = 3  # grid cells an axis that a control point attends to; None: global attention
     config.model.tokens = 8  # with global attention, tokens an axis
     config.model.interpolator = "bspline"
-    config.model.contrast_window = 9
-    config.model.iterations = 2
+    config.model.contrast_window = 9  # voxels an axis; intensities are normalised locally before the encoder
+    config.model.iterations = 2  # runs of the network, each on what the one before has warped; the paper's: 1
 
     config.data = ConfigDict()
     config.data.pairs = ""  # CSV of pairs; neither list: the embedded cohort
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     config.data.cache_dir = ""  # for prepared images; "" for $GRIDREG_CACHE or ~/.cache/gridreg_jax
 
     config.loss = ConfigDict()
-    config.loss.similarity = "lncc"
+    config.loss.similarity = "lncc"  # the paper's is "mse"; bias fields mislead it
     config.loss.image = 1.0
     config.loss.grid = 1.0
     config.loss.dice = 0.0  # the paper trains data set 3 without labels

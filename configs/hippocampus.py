@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.model.tokens = 8  # with global attention, tokens an axis
     config.model.interpolator = "bspline"
     config.model.contrast_window = 9  # voxels an axis; intensities are normalised locally before the encoder
-    config.model.iterations = 2
+    config.model.iterations = 2  # runs of the network, each on what the one before has warped; the paper's: 1
 
     config.data = ConfigDict()
     config.data.pairs = ""

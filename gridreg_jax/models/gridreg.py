@@ -127,7 +127,11 @@ class GridReg(nn.Module):
         return (self.levels - 1, *(level for level in self.skips if level < self.levels - 1))
 
     def _project(self, features, stride, level, lattice, shape) -> Float[Array, "N px py pz C"]:
-        """Skip projection: features of a level as tokens P^(l) on a lattice of points in [0, 1]."""
+        """Skip projection: features of a level as tokens P^(l) on a lattice of points in [0, 1].
+
+        Not the paper's linear one: products of features (an image difference times a gradient, say) are what tells a
+        displacement, and averaging over a cell would leave nothing to multiply.
+        """
         linear, left, right = jnp.split(nn.Dense(3 * self.projection, name=f"projection{level}")(features), 3, axis=-1)
         projected = linear + left * right
         return resample_features(
