@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
 
     config.grid_sizes = (5, 8, 10, 15)
     config.batch_size = 1
-    config.steps = 350
-    config.val_every = 350
+    config.steps = 450
+    config.val_every = 450
     config.checkpoint_every = 100
     return config
