@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     config.data.cache_dir = ""  # for prepared images; "" for $GRIDREG_CACHE or ~/.cache/gridreg_jax
 
     config.loss = ConfigDict()
-    config.loss.similarity = "lncc"  # the paper's is "mse"; bias fields mislead it
+    config.loss.similarity = "lncc"  # the paper's is "mse"; this one is blind to local gain and offset
     config.loss.image = 1.0
     config.loss.grid = 1.0
     config.loss.dice = 0.0  # the paper trains data set 3 without labels

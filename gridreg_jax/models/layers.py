@@ -155,8 +155,8 @@ class CrossAttention(nn.Module):
 def _near_first(key, shape: tuple[int, int]) -> Float[Array, "W H"]:
     """Initial logits by place in the window: the first head sees its own cell alone, each next one looks wider.
 
-    From equal weights a control point would first see the mean of all cells around it, and training would spend
-    hundreds of steps on telling them apart.
+    From equal weights a control point would first see the mean of all cells around it, and would have to learn to
+    tell them apart.
     """
     del key  # the same for every seed
     window = round(shape[0] ** (1 / 3))
