@@ -1,4 +1,4 @@
-"""Train: `python train.py --config=configs/brain.py [--config.data.pairs=pairs.csv] [--workdir=runs/brain]`."""
+"""Train and evaluate: `python train.py --config=configs/brain.py [--workdir=runs/brain]`."""
 
 from absl import flags
 from ml_collections import config_flags
@@ -10,11 +10,14 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default ru
 flags.mark_flag_as_required("config")
 
 
-def train(_) -> None:
+def run(_) -> None:
+    from gridreg_jax.evaluation.evaluate import evaluate
     from gridreg_jax.training.loop import fit
 
-    fit(CONFIG.value, WORKDIR.value or f"runs/{CONFIG.value.name}")
+    workdir = WORKDIR.value or f"runs/{CONFIG.value.name}"
+    if fit(CONFIG.value, workdir):
+        evaluate(workdir)
 
 
 if __name__ == "__main__":
-    main(train)
+    main(run)

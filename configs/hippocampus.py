@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.name = "gridreg"
+    config.model.encoder = "strided"  # "pooled", or package.module:Class for another one
     config.model.levels = 5
     config.model.width = 16
     config.model.downsampled = 3
@@ -24,6 +25,7 @@ def get_config() -> ConfigDict:
     config.model.tokens = 8  # with global attention, tokens an axis
     config.model.interpolator = "bspline"
     config.model.contrast_window = 9  # voxels an axis; intensities are normalised locally before the encoder
+    config.model.bayesian = False  # True: also predict the uncertainty of every control point
     config.model.iterations = 2  # runs of the network, each on what the one before has warped; the paper's: 1
 
     config.data = ConfigDict()
@@ -39,10 +41,13 @@ def get_config() -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.similarity = "mse"
+    config.loss.grid_similarity = "mse"  # of the images' values at the control points
     config.loss.image = 1.0
     config.loss.grid = 1.0
     config.loss.dice = 1.0
     config.loss.bending = 1.0
+    config.loss.entropy = 0.01  # of a Bayesian head's posterior (the paper's lambda_0)
+    config.loss.samples = 2  # maps drawn from it
 
     config.augmentation = ConfigDict()
     config.augmentation.flip = 0.5
@@ -60,7 +65,7 @@ def get_config() -> ConfigDict:
 
     config.grid_sizes = (5, 8, 10, 15)
     config.batch_size = 2
-    config.steps = 4000
+    config.steps = 6000
     config.val_every = 1000
     config.checkpoint_every = 500
     return config

@@ -68,6 +68,11 @@ def train_options(subjects, workdir):
     return ["--config=configs/brain.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in values.items())]
 
 
+def run(config, workdir):
+    """What `train.py` does: the summary of the evaluation, or None for a run that was stopped."""
+    return evaluate(workdir) if fit(config, workdir) else None
+
+
 def final_params(workdir):
     with Checkpoints(workdir) as checkpoints:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -96,7 +101,7 @@ def assert_same_run(one, other):
 def trained(subjects_csv, tmp_path_factory):
     """Folder and summary of a run that nothing interrupted."""
     workdir = tmp_path_factory.mktemp("trained")
-    return workdir, fit(tiny_config(subjects_csv), workdir)
+    return workdir, run(tiny_config(subjects_csv), workdir)
 
 
 def test_a_run_learns_and_leaves_its_results(trained):
@@ -149,7 +154,7 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_is_the_uninterrupted_one(trained, s
     assert 3 <= stopped < STEPS
     assert f"stopped at step {stopped} and saved" in output
     assert not (tmp_path / "evaluation").exists()
-    assert fit(tiny_config(subjects_csv), tmp_path) is not None
+    assert run(tiny_config(subjects_csv), tmp_path) is not None
     assert_same_run(trained[0], tmp_path)
 
 
@@ -159,14 +164,14 @@ def test_a_run_whose_latest_checkpoint_is_damaged_goes_back_and_ends_the_same(tr
     for path in (workdir / "checkpoints" / str(STEPS)).rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:50])
-    fit(tiny_config(subjects_csv), workdir)
+    run(tiny_config(subjects_csv), workdir)
     assert f"{STEPS} is damaged and passed over" in capsys.readouterr().out
     assert_same_run(trained[0], workdir)
 
 
 def test_a_finished_run_started_again_is_only_evaluated(trained, subjects_csv, tmp_path):
     before = (trained[0] / "metrics.jsonl").read_text()
-    again = fit(tiny_config(subjects_csv), trained[0])
+    again = run(tiny_config(subjects_csv), trained[0])
     assert (trained[0] / "metrics.jsonl").read_text() == before
     assert again["metrics"]["dice"] == trained[1]["metrics"]["dice"]
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import jax
 
+from gridreg_jax.data import nifti
 from gridreg_jax.data.pipeline import open_dataset, open_pairs
 from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation import plots, tables
-from gridreg_jax.evaluation.measure import make_predict, measure
 from gridreg_jax.files import replacing
+from gridreg_jax.measure import make_predict, measure, summarise
 from gridreg_jax.training.checkpoint import Checkpoints
 from gridreg_jax.training.step import build_run
 from gridreg_jax.training.writers import read_metrics
@@ -26,6 +27,9 @@ def evaluate(
     notify: Callable[[str], None] = print,
 ) -> dict:
     """Evaluate the best checkpoint of a run and write `cases.csv`, `summary.json` and pictures.
+
+    With a Bayesian head, also `sigmaNN.nii.gz` for every case that has a picture: the standard deviation of the
+    displacement in mm, on the working lattice of the fixed image.
 
     Args:
       workdir: of a run of `train.py`.
@@ -66,14 +70,17 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
 
     rows = []
-    measured = measure(make_predict(model), state.params, dataset, dataset.pairs["test"], grid_size)
+    measured = measure(make_predict(model), state.params, dataset, dataset.pairs["test"], grid_size, thorough=True)
     for number, (row, arrays) in enumerate(measured):
         rows.append(row)
         if number < pictures:
             title = f"{row['fixed']} and {row['moving']}, grid {'x'.join(map(str, grid_size))}"
             plots.case_picture(out / f"case{number:02d}.png", arrays, dataset.lattice.spacing, title)
+            if "sigma_mm" in arrays:
+                fixed = dataset.pairs["test"][number][0]
+                nifti.save(out / f"sigma{number:02d}.nii.gz", arrays["sigma_mm"], dataset.sources[fixed].load().affine)
     tables.write_cases(out / "cases.csv", rows)
-    summary = tables.summarise(rows, grid_size)
+    summary = summarise(rows, grid_size)
     with replacing(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1) + "\n")
     lines = read_metrics(workdir)

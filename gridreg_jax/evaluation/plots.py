@@ -17,10 +17,12 @@ PLANES = (("axial", 2, (0, 1)), ("coronal", 1, (0, 2)), ("sagittal", 0, (1, 2)))
 
 
 def case_picture(path: Path, arrays: dict[str, np.ndarray], spacing: tuple[float, float, float], title: str) -> None:
-    """Three planes (rows) of fixed, moving, warped, both differences, the deformed grid and the Jacobian determinant.
+    """Three planes (rows) of fixed, moving, warped, both differences, the deformed grid, the Jacobian determinant and,
+    if there is one, the uncertainty.
 
     Args:
-      arrays: `fixed`, `moving`, `warped` `[X, Y, Z, 1]` in [0, 1] and `displacement` `[X, Y, Z, 3]` in voxels.
+      arrays: `fixed`, `moving`, `warped` `[X, Y, Z, 1]` in [0, 1], `displacement` `[X, Y, Z, 3]` in voxels, and
+        optionally `sigma_mm` `[X, Y, Z]`.
       spacing: mm, for the proportions.
     """
     fixed, moving, warped = (arrays[name][..., 0] for name in ("fixed", "moving", "warped"))
@@ -35,6 +37,8 @@ def case_picture(path: Path, arrays: dict[str, np.ndarray], spacing: tuple[float
         ("deformed grid", None, {}),
         ("Jacobian determinant", determinant, dict(cmap="PiYG", vmin=0, vmax=2)),
     ]
+    if "sigma_mm" in arrays:
+        panels.append(("sigma (mm)", arrays["sigma_mm"], dict(cmap="magma", vmin=0, vmax=arrays["sigma_mm"].max())))
     figure = Figure(figsize=(2.4 * len(panels), 7.4), layout="constrained")
     axes = figure.subplots(len(PLANES), len(panels))
     for row, (plane, across, shown) in zip(axes, PLANES, strict=True):
@@ -50,10 +54,11 @@ def case_picture(path: Path, arrays: dict[str, np.ndarray], spacing: tuple[float
             else:
                 plane_values = np.take(volume, middle, axis=across).T
                 shown_map = axis.imshow(plane_values, origin="lower", aspect=aspect, **options)
+                if name in ("Jacobian determinant", "sigma (mm)") and plane == "coronal":
+                    figure.colorbar(shown_map, ax=axis, shrink=0.7)
             if plane == "axial":
                 axis.set_title(name, fontsize=9)
         row[0].set_ylabel(plane, fontsize=9)
-    figure.colorbar(shown_map, ax=axes[:, -1], shrink=0.5)
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
 

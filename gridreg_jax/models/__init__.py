@@ -6,9 +6,10 @@ from flax import linen as nn
 
 from gridreg_jax.errors import InputError
 from gridreg_jax.models.gridreg import GridReg
+from gridreg_jax.models.pointwise import PointwiseGridReg
 from gridreg_jax.models.prediction import Prediction
 
-MODELS = {"gridreg": GridReg}
+MODELS = {"gridreg": GridReg, "gridreg_pointwise": PointwiseGridReg}
 
 
 def build(name: str, **fields):

@@ -9,13 +9,22 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from gridreg_jax.errors import InputError
-from gridreg_jax.models.layers import CrossAttention, Encoder, local_norm, position_encoding, resample_features
+from gridreg_jax.models.layers import (
+    CrossAttention,
+    FeatureMap,
+    build_encoder,
+    feature_coordinates,
+    local_norm,
+    position_encoding,
+    resample_features,
+)
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.transforms.interpolation import (
     check_grid_size,
     control_positions,
     interpolate,
     interpolate_at_controls,
+    interpolate_variance,
 )
 from gridreg_jax.transforms.warp import warp
 
@@ -26,27 +35,40 @@ class GridReg(nn.Module):
     No weight has the grid size in its shape: one set of parameters serves every grid size.
 
     Attributes:
+      encoder: name in `layers.ENCODERS` or "package.module:Class" (see `layers.build_encoder`).
       levels, width, downsampled: the encoder's (see `layers.Encoder`); `levels` at least 4.
       skips: encoder levels that are projected to tokens after the bottom one, coarse to fine; of them, those above it.
+        Empty: no skip projections (the paper's ablation).
       projection: width C_p of the tokens.  decoder: width C_d of the decoder state.  heads: attention heads.
-      window: neighbouring grid cells an axis that a control point attends to; None: all tokens (global).
+      products: let tokens hold products of features; False: the paper's linear projection.
+      window: neighbouring grid cells an axis that a control point attends to; None: all tokens (global); 1: its own
+        cell alone, which is no attention at all (an ablation).
       tokens: with global attention, tokens an axis; memory does not depend on the image size.
       interpolator: "trilinear", "bspline" or "gaussian".
+      bound: largest displacement that one run of the network gives a control point, in half lattices (the paper's tanh
+        has 1); 0: free.
+      bayesian: also predict the log variance of every control point (paper, section 3.1, Bayesian grid transformer).
       contrast_window: voxels an axis (odd) of the box in which intensities are normalised before the encoder; 0: none.
       iterations: how often the network runs, each time on the moving image as it is warped so far; the control grids
-        add up, so the map stays one control grid. 1 is the paper's network; more is an addition of this library.
+        add up, so the map stays one control grid. 1 is the paper's network; more is an addition of this library. In
+        training, as many runs as a draw of the stream "iterations" says come first and are taken as given, and the
+        gradient is that of one more: every run learns to be the last.
     """
 
+    encoder: str = "strided"
     levels: int = 5
     width: int = 16
     downsampled: int = 4
     skips: tuple[int, ...] = (3, 2, 1)
     projection: int = 32
+    products: bool = True
     decoder: int = 32
     heads: int = 4
     window: int | None = 3
     tokens: int = 8
     interpolator: str = "trilinear"
+    bound: float = 0.0
+    bayesian: bool = False
     iterations: int = 1
     contrast_window: int = 0
 
@@ -63,44 +85,84 @@ class GridReg(nn.Module):
 
         Args:
           grid_size: control points an axis, static; at least 4 for the cubic spline.
+          train: with more than one iteration, draw how many; needs the random stream "iterations".
 
         Raises:
-          InputError: the grid size is too small for the interpolator.
+          InputError: the grid size is too small for the interpolator, or a field is out of range.
         """
-        del train  # nothing here differs between training and inference
         check_grid_size(grid_size, self.interpolator)
         if self.contrast_window and self.contrast_window % 2 == 0:
             raise InputError(f"model.contrast_window is {self.contrast_window}: give an odd number of voxels, or 0")
         if self.iterations < 1:
             raise InputError(f"model.iterations is {self.iterations}: give 1 or more")
+        if self.bound < 0:
+            raise InputError(f"model.bound is {self.bound}: give a positive number of half lattices, or 0 for none")
         shape = fixed.shape[1:4]
 
-        def refine(model: "GridReg", control_grid, _):
+        def run(found, network):
             # What was found so far is given, not revised: no gradient passes through the images that it warped.
-            displacement = interpolate(jax.lax.stop_gradient(control_grid), shape, method=model.interpolator)
-            return control_grid + model._increment(fixed, warp(moving, displacement), grid_size), None
+            displacement = interpolate(jax.lax.stop_gradient(found[0]), shape, method=self.interpolator)
+            increment, log_variance = network(fixed, warp(moving, displacement), grid_size)
+            return found[0] + increment, log_variance
 
-        start = jnp.zeros((fixed.shape[0], *grid_size, 3), fixed.dtype)
-        # A scan with shared weights: the network is compiled once, however often it runs.
-        repeated = nn.scan(refine, variable_broadcast="params", split_rngs={"params": False}, length=self.iterations)
-        control_grid, _ = repeated(self, start, None)
+        zeros = jnp.zeros((fixed.shape[0], *grid_size, 3), fixed.dtype)
+        found = (zeros, zeros if self.bayesian else None)  # control grid and log variance
+        if train and self.iterations > 1:
+            before = jax.random.randint(self.make_rng("iterations"), (), 0, self.iterations)
+            once, params = self.clone(parent=None, iterations=1), jax.lax.stop_gradient(self.variables)
+
+            def given(fixed, warped, grid_size):
+                prediction = once.apply(params, fixed, warped, grid_size=grid_size)
+                return prediction.control_grid, prediction.log_variance
+
+            found = run(jax.lax.fori_loop(0, before, lambda _, found: run(found, given), found), self._run)
+        else:
+            # A scan with shared weights: the network is compiled once, however often it runs.
+            repeated = nn.scan(
+                lambda model, found, _: (run(found, model._run), None),
+                variable_broadcast="params",
+                split_rngs={"params": False},
+                length=self.iterations,
+            )
+            found, _ = repeated(self, found, None)
+        control_grid, log_variance = found
+        variance = None
+        if self.bayesian:
+            variance = interpolate_variance(jnp.exp(log_variance), shape, method=self.interpolator)
         return Prediction(
             displacement=interpolate(control_grid, shape, method=self.interpolator),
             control_grid=control_grid,
             control_displacement=interpolate_at_controls(control_grid, method=self.interpolator),
+            log_variance=log_variance,
+            variance=variance,
         )
 
-    def _increment(self, fixed, moving, grid_size) -> Float[Array, "N gx gy gz 3"]:
-        """Control grid of the map from fixed to moving, as far as one run of the network finds it."""
+    def _run(self, fixed, moving, grid_size):
+        """One run of the network: control grid of the map from fixed to moving, and its log variance or None."""
         shape = fixed.shape[1:4]
         images = jnp.concatenate([fixed, moving], axis=-1)
         if self.contrast_window:
             images = local_norm(images, self.contrast_window)
-        pyramid = Encoder(self.levels, self.width, self.downsampled, name="encoder")(images)
+        fields = dict(levels=self.levels, width=self.width, downsampled=self.downsampled)
+        state = self._decode(build_encoder(self.encoder, **fields, name="encoder")(images), grid_size, shape)
+
+        # Zero weights: the map starts at the identity. Normalised units, 1 = half the lattice, as in the paper.
+        head = nn.Dense(3, kernel_init=nn.initializers.zeros_init(), name="head")(state)
+        if self.bound:
+            head = self.bound * jnp.tanh(head / self.bound)
+        control_grid = head * jnp.asarray([(size - 1) / 2 for size in shape], head.dtype)
+        if not self.bayesian:
+            return control_grid, None
+        # From a deviation of about a third of a voxel, and within about 0.01 and 15 voxels, smoothly.
+        free = nn.Dense(3, kernel_init=nn.initializers.zeros_init(), name="log_variance")(state)
+        return control_grid, 7.0 * jnp.tanh(free / 7.0) - 2.0
+
+    def _decode(self, pyramid: list[FeatureMap], grid_size, shape) -> Float[Array, "N gx gy gz C"]:
+        """Features of the control points, from which the heads read their values."""
         positions = [control_positions(self.interpolator, g) for g in grid_size]
         lattice = positions if self.window else [np.linspace(0, 1, self.tokens)] * 3
-        tokens = jnp.stack([self._project(*pyramid[level], level, lattice, shape) for level in self._decoded])
-        encoding, around = (self._encoding(points, fixed) for points in (positions, lattice))
+        tokens = jnp.stack([self._project(pyramid[level], level, lattice, shape) for level in self._decoded])
+        encoding, around = (self._encoding(points, tokens[0]) for points in (positions, lattice))
         state = nn.Dense(self.decoder, name="start")(encoding)
         # A scan rather than four copies: the decoder is compiled once.
         decoder = nn.scan(
@@ -116,27 +178,22 @@ class GridReg(nn.Module):
         state, _ = decoder(self.decoder, self.heads, self.window, places, name="decoder")(
             state, tokens, encoding, around
         )
-
-        # Zero weights: the map starts at the identity. Normalised units, 1 = half the lattice, as in the paper.
-        head = nn.Dense(3, kernel_init=nn.initializers.zeros_init(), name="head")(nn.LayerNorm(name="head_norm")(state))
-        return head * jnp.asarray([(size - 1) / 2 for size in shape], head.dtype)
+        return nn.LayerNorm(name="head_norm")(state)
 
     @property
     def _decoded(self) -> tuple[int, ...]:
         """Encoder levels that the decoder visits, coarse to fine."""
         return (self.levels - 1, *(level for level in self.skips if level < self.levels - 1))
 
-    def _project(self, features, stride, level, lattice, shape) -> Float[Array, "N px py pz C"]:
-        """Skip projection: features of a level as tokens P^(l) on a lattice of points in [0, 1].
-
-        Not the paper's linear one: products of features (an image difference times a gradient, say) are what tells a
-        displacement, and averaging over a cell would leave nothing to multiply.
-        """
-        linear, left, right = jnp.split(nn.Dense(3 * self.projection, name=f"projection{level}")(features), 3, axis=-1)
-        projected = linear + left * right
-        return resample_features(
-            projected, [points * (size - 1) / stride for points, size in zip(lattice, shape, strict=True)]
-        )
+    def _project(self, level: FeatureMap, index: int, lattice, shape) -> Float[Array, "N px py pz C"]:
+        """Skip projection: features of a level as tokens P^(l) on a lattice of points in [0, 1]."""
+        parts = nn.Dense((3 if self.products else 1) * self.projection, name=f"projection{index}")(level.features)
+        if self.products:
+            # Products of features (an image difference times a gradient, say) are what tells a displacement, and
+            # averaging over a cell would leave nothing to multiply.
+            linear, left, right = jnp.split(parts, 3, axis=-1)
+            parts = linear + left * right
+        return resample_features(parts, feature_coordinates(level, lattice, shape))
 
     def _encoding(self, positions, like):
         encoding = jnp.asarray(position_encoding(positions), like.dtype)

@@ -12,3 +12,6 @@ class Prediction:
     control_grid: Float[Array, "N gx gy gz 3"] | None = None
     # Displacement at the control positions, where the grid-level similarity samples the images.
     control_displacement: Float[Array, "N gx gy gz 3"] | None = None
+    # Of a Bayesian head: log variance of the control grid (squared voxels), and the variance of the displacement.
+    log_variance: Float[Array, "N gx gy gz 3"] | None = None
+    variance: Float[Array, "N X Y Z 3"] | None = None

@@ -1,4 +1,4 @@
-"""Training, from a config to an evaluated run."""
+"""Training, from a config to a trained run."""
 
 import math
 import signal
@@ -14,9 +14,7 @@ from tqdm import tqdm
 from gridreg_jax import losses
 from gridreg_jax.data.pipeline import Dataset, batches, open_dataset
 from gridreg_jax.errors import InputError
-from gridreg_jax.evaluation.evaluate import evaluate
-from gridreg_jax.evaluation.measure import make_predict, measure, score
-from gridreg_jax.evaluation.tables import summarise
+from gridreg_jax.measure import make_predict, measure, score, summarise
 from gridreg_jax.models import describe
 from gridreg_jax.rng import generator
 from gridreg_jax.training.checkpoint import Checkpoints
@@ -25,8 +23,8 @@ from gridreg_jax.training.writers import MetricsWriter
 from gridreg_jax.transforms.interpolation import check_grid_size
 
 
-def fit(config: ConfigDict, workdir: str | Path) -> dict | None:
-    """Train what a config describes, in a folder, and evaluate it at the end.
+def fit(config: ConfigDict, workdir: str | Path) -> bool:
+    """Train what a config describes, in a folder.
 
     A folder that holds a run of the same model is resumed where it stopped:
       1. the latest checkpoint that can be read gives the state and what validation chose;
@@ -36,10 +34,10 @@ def fit(config: ConfigDict, workdir: str | Path) -> dict | None:
 
     Args:
       config: see `configs/brain.py`.
-      workdir: takes `checkpoints/`, `metrics.jsonl`, `events/` and `evaluation/`.
+      workdir: takes `checkpoints/`, `metrics.jsonl` and `events/`.
 
     Returns:
-      The summary of the final evaluation; None when the run was stopped before its end.
+      True when the run is complete; False when it was stopped before its end.
 
     Raises:
       InputError: something in the config, the data or the folder is not as it should be.
@@ -94,8 +92,8 @@ def fit(config: ConfigDict, workdir: str | Path) -> dict | None:
         if step < config["steps"]:
             _save(checkpoints, step, state, config, chosen, scored=False)
             tqdm.write(f"stopped at step {step} and saved; the same command goes on from there")
-            return None
-    return evaluate(workdir, notify=tqdm.write)
+            return False
+    return True
 
 
 def check_config(config: dict) -> None:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from gridreg_jax.losses import SIMILARITIES, bending_energy, soft_dice
 from gridreg_jax.models import Prediction
 from gridreg_jax.transforms import bspline
-from gridreg_jax.transforms.interpolation import control_positions
+from gridreg_jax.transforms.interpolation import control_positions, interpolate, interpolate_at_controls
 from gridreg_jax.transforms.warp import sample, warp
 
 
@@ -19,27 +19,48 @@ def objective(
     interpolator: str,
     num_labels: int,
     similarity: str = "mse",
+    grid_similarity: str = "mse",
     image: float = 1.0,
     grid: float = 1.0,
     dice: float = 0.0,
     bending: float = 1.0,
+    entropy: float = 0.0,
+    samples: int = 1,
+    keys: jax.Array | None = None,
 ) -> tuple[Float[Array, " N"], dict[str, Float[Array, " N"]]]:
     """Weighted sum of the terms, and the terms themselves, one value a case.
+
+    With a Bayesian head the similarities are means over maps drawn from the predicted posterior, by reparameterisation
+    `u_s = mean + sigma * noise_s` (paper, equation 1), and `-entropy / 2 * log sigma^2` keeps the posterior from
+    collapsing: sigma grows where a displacement costs no similarity, and shrinks where correspondence is clear. The
+    paper describes this behaviour and a penalty lambda_0; the formula is the project's (a variational free energy, as
+    in Dalca et al., MICCAI 2018).
 
     Args:
       batch: `fixed`, `moving` `[N, X, Y, Z, 1]`; with `dice`, also compact `fixed_labels`, `moving_labels`.
       interpolator: of the control grid; the cubic spline's bending energy is taken in closed form.
       num_labels: labels that are scored.
-      similarity: name in `losses.SIMILARITIES`, used at image level; at grid level the mean squared difference.
+      similarity, grid_similarity: names in `losses.SIMILARITIES`, for whole images and for their values at the control
+        points.
       image, grid, dice, bending: weights; a term of weight 0 is not computed. `bending` is in voxel units: the
         paper's 2e5, for displacements in half volumes, is `2e5 (2 / X)^2` here, 49 at 128 voxels an axis.
+      entropy: weight of the Bayesian posterior's entropy (the paper's lambda_0).
+      samples: maps drawn from the posterior.
+      keys: `[N]`, one an example, for these draws.
     """
     fixed, moving = batch["fixed"], batch["moving"]
+    drawn = [prediction]
+    if prediction.log_variance is not None:
+        drawn = _draw(prediction, keys, samples, fixed.shape[1:4], interpolator)
     terms = {}
     if image:
-        terms["image"] = SIMILARITIES[similarity](fixed, warp(moving, prediction.displacement))
+        terms["image"] = sum(SIMILARITIES[similarity](fixed, warp(moving, one.displacement)) for one in drawn) / len(
+            drawn
+        )
     if grid and prediction.control_displacement is not None:
-        terms["grid"] = _grid_similarity(prediction, fixed, moving, interpolator)
+        terms["grid"] = sum(_grid_similarity(one, fixed, moving, interpolator, grid_similarity) for one in drawn) / len(
+            drawn
+        )
     if dice:
         terms["dice"] = soft_dice(
             batch["fixed_labels"], batch["moving_labels"], prediction.displacement, num_labels=num_labels
@@ -49,12 +70,31 @@ def objective(
             terms["bending"] = bspline.bending_energy(prediction.control_grid, fixed.shape[1:4])
         else:
             terms["bending"] = bending_energy(prediction.displacement)
-    weights = dict(image=image, grid=grid, dice=dice, bending=bending)
+    if prediction.log_variance is not None:
+        terms["entropy"] = -0.5 * prediction.log_variance.mean((1, 2, 3, 4))
+    weights = dict(image=image, grid=grid, dice=dice, bending=bending, entropy=entropy)
     return sum(weights[name] * value for name, value in terms.items()), terms
 
 
-def _grid_similarity(prediction, fixed, moving, interpolator):
-    """Mean squared difference of the images at the control positions (paper: L_sim at grid level)."""
+def _draw(prediction, keys, samples, shape, interpolator) -> list[Prediction]:
+    """Predictions drawn from the posterior of the control grid (paper, equation 1)."""
+    mean, deviation = prediction.control_grid, jnp.exp(0.5 * prediction.log_variance)
+    drawn = []
+    for sample_keys in jax.vmap(lambda key: jax.random.split(key, samples), out_axes=1)(keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(sample_keys)
+        control_grid = mean + deviation * noise
+        drawn.append(
+            Prediction(
+                displacement=interpolate(control_grid, shape, method=interpolator),
+                control_grid=control_grid,
+                control_displacement=interpolate_at_controls(control_grid, method=interpolator),
+            )
+        )
+    return drawn
+
+
+def _grid_similarity(prediction, fixed, moving, interpolator, similarity):
+    """Similarity of the images at the control positions (paper: L_sim at grid level)."""
     axes = [
         control_positions(interpolator, g) * (size - 1)
         for g, size in zip(prediction.control_displacement.shape[1:4], fixed.shape[1:4], strict=True)
@@ -62,4 +102,4 @@ def _grid_similarity(prediction, fixed, moving, interpolator):
     points = jnp.asarray(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1), jnp.float32)
     fixed_values = jax.vmap(lambda volume: sample(volume, points))(fixed)
     moving_values = jax.vmap(sample)(moving, points + prediction.control_displacement)
-    return SIMILARITIES["mse"](fixed_values, moving_values)
+    return SIMILARITIES[similarity](fixed_values, moving_values)

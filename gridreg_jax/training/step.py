@@ -103,16 +103,21 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: dict[str, jax.Array], grid_size: tuple[int, int, int]):
-        if any(augmentation.values()):
-            local = batch["fixed"].shape[0]
+        def example_keys(stream: str) -> jax.Array:
             # A key an example, by its place in the whole batch: the same however many devices share it.
-            keys = jax.random.split(rng.key(seed, "augmentation", state.step), local * jax.lax.axis_size(AXIS))
-            keys = jax.lax.dynamic_slice_in_dim(keys, jax.lax.axis_index(AXIS) * local, local)
-            batch = augment(batch, keys, **augmentation)
+            local = batch["fixed"].shape[0]
+            keys = jax.random.split(rng.key(seed, stream, state.step), local * jax.lax.axis_size(AXIS))
+            return jax.lax.dynamic_slice_in_dim(keys, jax.lax.axis_index(AXIS) * local, local)
+
+        if any(augmentation.values()):
+            batch = augment(batch, example_keys("augmentation"), **augmentation)
+        streams = {"iterations": rng.key(seed, "iterations", state.step)}
 
         def mean_loss(params):
-            prediction = model.apply(params, batch["fixed"], batch["moving"], grid_size=grid_size, train=True)
-            total, terms = objective(prediction, batch, **loss)
+            prediction = model.apply(
+                params, batch["fixed"], batch["moving"], grid_size=grid_size, train=True, rngs=streams
+            )
+            total, terms = objective(prediction, batch, **loss, keys=example_keys("posterior"))
             return total.mean(), {name: value.mean() for name, value in terms.items()}
 
         (total, terms), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gridreg_jax.evaluation import tables
+from gridreg_jax.measure import summarise
 
 NAN = float("nan")
 ROWS = [
@@ -22,7 +23,7 @@ def rows():
 
 
 def test_summary_agrees_with_numpy(rows):
-    summary = tables.summarise(rows, (8, 10, 8))
+    summary = summarise(rows, (8, 10, 8))
     assert (summary["grid_size"], summary["cases"]) == ([8, 10, 8], 3)
     assert summary["metrics"].keys() == {"dice", "tre_mm", "folding_percent", "sd_log_jacobian", "seconds"}
     dice = summary["metrics"]["dice"]
@@ -35,18 +36,18 @@ def test_summary_agrees_with_numpy(rows):
 
 
 def test_a_case_without_a_value_does_not_count(rows):
-    tre = tables.summarise(rows, (5, 5, 5))["metrics"]["tre_mm"]
+    tre = summarise(rows, (5, 5, 5))["metrics"]["tre_mm"]
     np.testing.assert_allclose([*tre.values()], [6, 2.5, np.std([2, 3], ddof=1)])
 
 
 def test_what_no_case_has_is_left_out(rows):
     for row in rows:
         row["tre_mm_after"] = NAN
-    assert "tre_mm" not in tables.summarise(rows, (5, 5, 5))["metrics"]
+    assert "tre_mm" not in summarise(rows, (5, 5, 5))["metrics"]
 
 
 def test_one_case_has_no_spread(rows):
-    dice = tables.summarise(rows[:1], (5, 5, 5))["metrics"]["dice"]
+    dice = summarise(rows[:1], (5, 5, 5))["metrics"]["dice"]
     assert dice == {"before": 0.4, "after": 0.8, "after_sd": 0}
 
 
@@ -63,8 +64,8 @@ def test_cases_come_back_from_csv(rows, tmp_path):
 
 
 def test_the_terminal_shows_what_the_summary_holds(rows):
-    lines = tables.format_summary(tables.summarise(rows, (8, 10, 8))).splitlines()
+    lines = tables.format_summary(summarise(rows, (8, 10, 8))).splitlines()
     assert lines[0] == "3 cases, control grid 8x10x8"
-    shown = {line[:18].strip(): line[18:].split() for line in lines[2:]}
+    shown = {line[:22].strip(): line[22:].split() for line in lines[2:]}
     assert shown["dice"] == ["0.4000", "0.8000", "0.1000"]
     assert shown.keys() == {"dice", "tre_mm", "folding_percent", "sd_log_jacobian", "seconds a case"}

@@ -179,7 +179,7 @@ def test_unknown_names_get_the_nearest_known_one():
         build("gridreq")
     with pytest.raises(InputError, match="no field 'widht'; did you mean 'width'"):
         build("gridreg", widht=8)
-    with pytest.raises(InputError, match="no field 'zzz': it has levels, width, .*interpolator"):
+    with pytest.raises(InputError, match="no field 'zzz': it has encoder, levels, .*interpolator"):
         build("gridreg", zzz=8)
 
 

@@ -1,0 +1,150 @@
+"""Run a model over pairs, measure each of them, and summarise: what validation and evaluation share."""
+
+import time
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+from flax import linen as nn
+from scipy import ndimage, stats
+
+from gridreg_jax import metrics
+from gridreg_jax.data.pipeline import Dataset
+from gridreg_jax.transforms.warp import warp, warp_labels
+
+# What a summary shows, in this order; each has a value before and after registration.
+SUMMARISED = ("dice", "tre_mm", "hd95_mm", "centroid_mm", "mse")
+# Properties of the map alone: 0 for the identity, which is the map before.
+OF_THE_MAP = ("folding_percent", "ndv_percent", "sd_log_jacobian")
+# Agreement of the predicted uncertainty with the true error, where both are known.
+OF_THE_UNCERTAINTY = ("sigma_error_spearman",)
+
+
+def make_predict(model: nn.Module) -> Callable:
+    """`predict(params, batch, grid_size)`, compiled once a grid size: displacement, warped image and, with labels or a
+    Bayesian head, warped labels and the variance of the displacement."""
+
+    def predict(params, batch: dict[str, jax.Array], grid_size: tuple[int, int, int]) -> dict[str, jax.Array]:
+        prediction = model.apply(params, batch["fixed"], batch["moving"], grid_size=grid_size)
+        displacement = prediction.displacement
+        result = {"displacement": displacement, "warped": warp(batch["moving"], displacement)}
+        if "moving_labels" in batch:
+            result["warped_labels"] = warp_labels(batch["moving_labels"], displacement)
+        if prediction.variance is not None:
+            result["variance"] = prediction.variance
+        return result
+
+    return jax.jit(predict, static_argnums=(2,))
+
+
+def measure(
+    predict: Callable,
+    params,
+    dataset: Dataset,
+    pairs: Iterable[tuple[int, int]],
+    grid_size: tuple[int, int, int],
+    *,
+    thorough: bool = False,
+) -> Iterable[tuple[dict, dict[str, np.ndarray]]]:
+    """For every pair, its row of measurements and the arrays they were made from (batch axis dropped).
+
+    Dice is the mean over the labels that occur in the fixed or the warped labels, `dice_after_<label>` each of them;
+    distances are in mm; seconds are those of the prediction with both images on the device, compilation left out.
+    With a Bayesian head the arrays hold `sigma_mm`, the root of the summed variances of the three components, and with
+    landmarks the row holds the rank correlation of its value at the fixed landmarks with their error.
+
+    Args:
+      thorough: also the slower ones: `hd95_mm` (mean over the labels in both maps) and `ndv_percent`.
+    """
+    warmed = False
+    for pair in pairs:
+        batch = dataset.arrays([pair])
+        on_device = jax.device_put(batch)
+        if not warmed:
+            jax.block_until_ready(predict(params, on_device, grid_size))
+            warmed = True
+        start = time.perf_counter()
+        result = jax.block_until_ready(predict(params, on_device, grid_size))
+        seconds = time.perf_counter() - start
+        arrays = {name: np.asarray(array[0]) for name, array in {**batch, **result}.items()}
+        if "variance" in arrays:
+            squared = arrays.pop("variance") * np.square(dataset.lattice.spacing, dtype=np.float32)
+            arrays["sigma_mm"] = np.sqrt(squared.sum(-1))
+        row = {side: dataset.sources[index].name for side, index in zip(("fixed", "moving"), pair, strict=True)}
+        row |= _measurements(arrays, dataset, pair, thorough)
+        yield row | {"seconds": seconds}, arrays
+
+
+def _measurements(
+    arrays: dict[str, np.ndarray], dataset: Dataset, pair: tuple[int, int], thorough: bool
+) -> dict[str, float]:
+    spacing, row = dataset.lattice.spacing, {}
+    fixed, displacement = arrays["fixed"][..., 0], arrays["displacement"]
+    for when, image in (("before", arrays["moving"]), ("after", arrays["warped"])):
+        row[f"mse_{when}"] = float(np.mean((fixed - image[..., 0]) ** 2))
+    if dataset.has_labels:
+        ids = range(1, len(dataset.label_values) + 1)
+        for when, labels in (("before", arrays["moving_labels"]), ("after", arrays["warped_labels"])):
+            overlaps = metrics.dice(arrays["fixed_labels"], labels, ids)
+            distances = metrics.centroid_distance_mm(arrays["fixed_labels"], labels, ids, spacing)
+            row[f"dice_{when}"] = _mean(overlaps.values())
+            row[f"centroid_mm_{when}"] = _mean(distances.values())
+            row |= {f"dice_{when}_{dataset.label_values[i - 1]}": overlaps[i] for i in ids}
+            if thorough:
+                row[f"hd95_mm_{when}"] = _mean(metrics.hd95_mm(arrays["fixed_labels"], labels, ids, spacing).values())
+    landmarks = dataset.landmarks(pair)
+    if landmarks is not None:
+        row["tre_mm_before"] = _mean(metrics.tre_mm(*landmarks, None, spacing))
+        errors = metrics.tre_mm(*landmarks, displacement, spacing)
+        row["tre_mm_after"] = _mean(errors)
+        if "sigma_mm" in arrays:
+            sigma = ndimage.map_coordinates(arrays["sigma_mm"], landmarks[0].T, order=1, mode="nearest")
+            row["sigma_error_spearman"] = float(stats.spearmanr(sigma, errors).statistic)
+    row["folding_percent"] = metrics.folding_percent(displacement)
+    if thorough:
+        row["ndv_percent"] = metrics.ndv_percent(displacement)
+    row["sd_log_jacobian"] = metrics.sd_log_jacobian(displacement)
+    return row
+
+
+def summarise(rows: list[dict], grid_size: tuple[int, int, int]) -> dict:
+    """`{"grid_size", "cases", "metrics": {name: {"before", "after", "after_sd"}}}`, means and standard deviations over
+    the cases where a measurement is defined."""
+    found = {}
+    for name in SUMMARISED:
+        after = _values(rows, f"{name}_after")
+        if after.size:
+            found[name] = {"before": float(_values(rows, f"{name}_before").mean()), **_spread(after)}
+    for name in OF_THE_MAP:
+        after = _values(rows, name)
+        if after.size:
+            found[name] = {"before": 0.0, **_spread(after)}
+    for name in OF_THE_UNCERTAINTY:
+        if (values := _values(rows, name)).size:
+            found[name] = _spread(values)
+    found["seconds"] = {"after": float(np.median(_values(rows, "seconds")))}
+    return {"grid_size": list(grid_size), "cases": len(rows), "metrics": found}
+
+
+def score(summary: dict) -> float:
+    """What validation maximises: mean Dice; without labels, minus the mean TRE; without landmarks, minus the MSE."""
+    for name, sign in (("dice", 1), ("tre_mm", -1), ("mse", -1)):
+        if name in summary["metrics"]:
+            return sign * summary["metrics"][name]["after"]
+    raise ValueError("a summary without any measurement")
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Mean of the values that are defined (finite); NaN if none is."""
+    values = np.array(list(values), dtype=float)
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else float("nan")
+
+
+def _values(rows: list[dict], name: str) -> np.ndarray:
+    values = np.array([row.get(name, np.nan) for row in rows], dtype=float)
+    return values[np.isfinite(values)]
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    return {"after": float(values.mean()), "after_sd": float(values.std(ddof=1)) if values.size > 1 else 0.0}
