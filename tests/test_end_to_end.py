@@ -1,7 +1,6 @@
 """The two programs on small files: train, stop, resume, evaluate; and every mistake is one line."""
 
 import csv
-import importlib.util
 import json
 import re
 import shutil
@@ -13,9 +12,11 @@ from pathlib import Path
 
 import jax
 import matplotlib.image
+import nibabel as nib
 import numpy as np
 import pytest
 
+from configs import brain
 from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation.evaluate import evaluate
 from gridreg_jax.training import loop
@@ -48,10 +49,7 @@ pytestmark = pytest.mark.skipif(2 % jax.local_device_count() != 0, reason="batch
 
 def tiny_config(subjects, **changes):
     """The config for brains, made tiny; `changes` with `__` for dots."""
-    spec = importlib.util.spec_from_file_location("brain", ROOT / "configs" / "brain.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = brain.get_config()
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     config.update_from_flattened_dict(TINY | {"data.subjects": str(subjects)} | changes)
     return config
@@ -195,8 +193,23 @@ def test_eval_on_a_list_of_pairs_at_another_grid_size(trained, subjects_csv, tmp
     assert_pictures(tmp_path)
 
 
+def test_a_bayesian_run_writes_its_uncertainty(subjects_csv, tmp_path):
+    changes = dict(model__bayesian=True, grid_sizes=(5,), steps=6, val_every=6)
+    summary = run(tiny_config(subjects_csv, **changes), tmp_path)
+    assert {"image", "entropy", "loss"} < read_metrics(tmp_path)[0].keys()
+    correlation = summary["metrics"]["sigma_error_spearman"]
+    rows = cases(tmp_path / "evaluation")
+    np.testing.assert_allclose(correlation["after"], np.mean([float(row["sigma_error_spearman"]) for row in rows]))
+    image = nib.load(tmp_path / "evaluation" / "sigma00.nii.gz")
+    sigma = image.get_fdata()
+    assert sigma.shape == TINY["data.shape"] and sigma.min() > 0
+    np.testing.assert_allclose(np.abs(np.diag(image.affine)[:3]), TINY["data.spacing"])
+    assert_pictures(tmp_path / "evaluation")
+
+
 NO_OPTION = "the config has no such option: "
 BAD_FLAGS = {
+    "an unknown variant": ("train.py", ["--config=configs/brain.py:big"], "brain.py:big: there is no such variant"),
     "a misspelt option": ("train.py", ["--config.optimzer.learning_rate=1"], f'{NO_OPTION}.*Did you mean optimizer'),
     "in a group": ("train.py", ["--config.optimizer.learning_rat=1"], f'{NO_OPTION}.*Did you mean learning_rate'),
     "like no option": ("train.py", ["--config.zzz=1"], f"{NO_OPTION}.*zzz"),
@@ -318,10 +331,10 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path):
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path, subjects_csv, monkeypatch):
     losses = iter([0.5, 0.4, float("nan"), 0.3])
 
-    def step(state, batch, grid_size):
+    def step(state, batch):
         return state, {"loss": np.float32(next(losses))}
 
-    monkeypatch.setattr(loop, "make_train_step", lambda *_, **__: step)
+    monkeypatch.setattr(loop, "compile_steps", lambda _, state, batch, sizes: (dict.fromkeys(sizes, step), 0))
     with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
         loop.fit(tiny_config(subjects_csv), tmp_path)
     assert [line["loss"] for line in read_metrics(tmp_path)] == pytest.approx([0.5, 0.4])

@@ -18,7 +18,7 @@ from gridreg_jax.measure import make_predict, measure, score, summarise
 from gridreg_jax.models import describe
 from gridreg_jax.rng import generator
 from gridreg_jax.training.checkpoint import Checkpoints
-from gridreg_jax.training.step import build_run, check_batch_size, make_train_step, replicated, shard
+from gridreg_jax.training.step import build_run, check_batch_size, compile_steps, make_train_step, replicated, shard
 from gridreg_jax.training.writers import MetricsWriter
 from gridreg_jax.transforms.interpolation import check_grid_size
 
@@ -66,11 +66,16 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
             stream = batches(
                 dataset, batch_size=config["batch_size"], seed=config["seed"], start=start, stop=config["steps"]
             )
+            steps = None  # compiled with the first batch
             pending = None  # the step in flight: at most one, its metrics are collected after the next is dispatched
             step, began = start, time.perf_counter()
             while step < config["steps"] and not stopped():
                 grid_size = draw_grid_size(config["grid_sizes"], seed=config["seed"], step=step)
-                state, metrics = train_step(state, shard(next(stream)), grid_size)
+                batch = shard(next(stream))
+                if steps is None:
+                    steps = _compile(train_step, state, batch, config["grid_sizes"])
+                    began = time.perf_counter()
+                state, metrics = steps[grid_size](state, batch)
                 step += 1
                 if pending:
                     _record(writer, progress, *pending)
@@ -155,6 +160,14 @@ def _initial_state(run, config: dict, checkpoints: Checkpoints):
     step, state, _, chosen = checkpoints.restore(shapes, order=checkpoints.steps()[::-1], notify=tqdm.write)
     tqdm.write(f"resuming at step {step} of {config['steps']}")
     return step, state, chosen
+
+
+def _compile(train_step: Callable, state, batch: dict, grid_sizes: tuple[int, ...]) -> dict[tuple, Callable]:
+    began = time.perf_counter()
+    tqdm.write(f"compiling for grid sizes {', '.join(map(str, grid_sizes))}")
+    steps, needed = compile_steps(train_step, state, batch, [(size,) * 3 for size in grid_sizes])
+    tqdm.write(f"compiled in {time.perf_counter() - began:.0f} s; a step needs {needed / 2**20:.0f} MiB a device")
+    return steps
 
 
 def _record(writer: MetricsWriter, progress: tqdm, step: int, grid_size, metrics: dict, seconds: float) -> None:

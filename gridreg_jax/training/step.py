@@ -1,13 +1,15 @@
 """The training step, data parallel over the local devices: the only place that knows of `pmap`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import psutil
 from flax import linen as nn
 from flax import struct
 
@@ -53,8 +55,9 @@ class Run:
         )
 
     def _init(self) -> TrainState:
-        image = jnp.zeros((1, *self.shape, 1))
-        params = self.model.init(rng.key(self.seed, "model"), image, image, grid_size=self.grid_size)
+        # Only shapes go in: the parameters are drawn, and the network itself is neither compiled nor run.
+        image = jax.ShapeDtypeStruct((1, *self.shape, 1), jnp.float32)
+        params = self.model.lazy_init(rng.key(self.seed, "model"), image, image, grid_size=self.grid_size)
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
 
 
@@ -134,3 +137,54 @@ def make_train_step(
         static_broadcasted_argnums=(2,),
         donate_argnums=(0,),
     )
+
+
+def compile_steps(
+    step: Callable, state: TrainState, batch: dict[str, np.ndarray], grid_sizes: Iterable[tuple[int, int, int]]
+) -> tuple[dict[tuple[int, int, int], Callable], int]:
+    """The step compiled for every grid size, side by side, before the first one runs.
+
+    Args:
+      state, batch: of the shapes that steps will have; `batch` sharded.
+
+    Returns:
+      `{grid_size: compiled(state, batch)}`, and the largest memory (bytes) that a device needs for a step.
+
+    Raises:
+      InputError: more memory than there is.
+    """
+    grid_sizes = list(dict.fromkeys(grid_sizes))
+    lowered = [step.lower(state, batch, grid_size) for grid_size in grid_sizes]
+    # XLA compiles in one thread per program, without Python's lock.
+    with ThreadPoolExecutor(max_workers=len(lowered)) as threads:
+        compiled = dict(zip(grid_sizes, threads.map(lambda program: program.compile(), lowered), strict=True))
+    needed = {grid_size: _bytes_needed(program) for grid_size, program in compiled.items()}
+    largest = max(needed, key=needed.get)
+    available = memory_available()
+    if available and needed[largest] > available:
+        raise InputError(
+            f"a step at grid size {largest[0]} needs {needed[largest] / 2**30:.1f} GiB a device, and "
+            f"{available / 2**30:.1f} GiB are free: a smaller batch_size, data.shape or grid size would need less"
+        )
+    return compiled, needed[largest]
+
+
+def _bytes_needed(program) -> int:
+    """Peak memory of a program: arguments, temporaries, and outputs that do not take the place of arguments."""
+    sizes = program.memory_analysis()
+    if sizes is None:  # not every backend tells
+        return 0
+    return (
+        sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    )
+
+
+def memory_available() -> int | None:
+    """Bytes that a device may still take; None where the platform does not tell."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    if device.platform == "cpu":
+        return psutil.virtual_memory().available // jax.local_device_count()
+    return None

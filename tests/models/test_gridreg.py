@@ -1,5 +1,8 @@
 """GridReg: sizes, symmetries and the identity it starts from."""
 
+import textwrap
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.models import build, describe
 from gridreg_jax.models.gridreg import DecoderLevel
 from gridreg_jax.models.layers import FREQUENCIES, CrossAttention, position_encoding, resample_features
-from gridreg_jax.transforms.interpolation import INTERPOLATORS, control_positions
+from gridreg_jax.transforms.interpolation import INTERPOLATORS, axis_weights, control_positions
 from gridreg_jax.transforms.warp import warp
 
 SHAPE = (16, 20, 16)
@@ -25,9 +28,9 @@ def abstract(function, *shapes):
     return jax.eval_shape(function, *(jax.ShapeDtypeStruct((1, *shape, 1), jnp.float32) for shape in shapes))
 
 
-def shapes_of_params(grid_size=(5, 5, 5), **fields):
+def shapes_of_params(grid_size=(5, 5, 5), name="gridreg", **fields):
     def init(fixed, moving):
-        return build("gridreg", **fields).init(jax.random.key(0), fixed, moving, grid_size=grid_size)
+        return build(name, **fields).init(jax.random.key(0), fixed, moving, grid_size=grid_size)
 
     return abstract(init, SHAPE, SHAPE)
 
@@ -61,12 +64,30 @@ def test_encoder_has_as_many_parameters_as_the_published_one(levels, width, expe
     assert count(shapes_of_params(levels=levels, width=width)["params"]["encoder"]) == expected
 
 
-@pytest.mark.parametrize("window", [3, None])
-def test_one_set_of_parameters_serves_every_grid_size(window):
-    model = build("gridreg", **TINY, window=window)
-    params = shapes_of_params(**TINY, window=window)
+def test_the_pointwise_network_has_the_size_that_the_paper_states():
+    for grid_size in [(5, 5, 5), (15, 15, 15)]:
+        params = shapes_of_params(grid_size, name="gridreg_pointwise", levels=5, width=16)["params"]
+        assert count(params) == 252_960
+    assert count(params["encoder"]) == 208_432
+
+
+VARIANTS = {
+    "local": dict(window=3),
+    "global": dict(window=None),
+    "no attention": dict(window=1),
+    "no skip projections": dict(skips=()),
+    "linear projections": dict(products=False),
+    "pooled": dict(encoder="pooled"),
+    "pointwise": dict(name="gridreg_pointwise"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_set_of_parameters_serves_every_grid_size(variant):
+    fields = dict(name="gridreg") | TINY | VARIANTS[variant]
+    model, params = build(**fields), shapes_of_params(**fields)
     for grid_size in [(5, 5, 5), (8, 8, 8), (10, 10, 10), (15, 15, 15), (7, 9, 6)]:
-        assert shapes_of_params(grid_size, **TINY, window=window) == params
+        assert shapes_of_params(grid_size, **fields) == params
 
         def predict(fixed, moving, grid_size=grid_size):
             zeros = jax.tree.map(jnp.zeros_like, params)
@@ -167,6 +188,10 @@ def test_a_grid_too_small_for_the_cubic_spline_is_refused():
         (dict(levels=0), "the encoder has 1 to 9 levels, not 0"),
         (dict(heads=3), "8 features cannot be shared by 3 heads"),
         (dict(window=4), r"the attention window must be odd \(or None\), not 4"),
+        (dict(bound=-1.0), "model.bound is -1.0"),
+        (dict(encoder="strode"), "model.encoder: 'strode' is not known; known are strided, pooled"),
+        (dict(encoder="no_such_module:Encoder"), "model.encoder: 'no_such_module:Encoder' cannot be used: No module"),
+        (dict(encoder="gridreg_jax.models.layers:Encodr"), "cannot be used: .*has no attribute 'Encodr'"),
     ],
 )
 def test_impossible_fields_are_refused(fields, message):
@@ -259,3 +284,80 @@ def test_a_model_is_described_by_all_its_fields():
     described = describe(model)
     assert described["levels"] == 6 and "decoder" in described
     assert build(**described) == model
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_in_training_any_iteration_is_the_last_and_those_before_it_are_given(seed):
+    fixed, moving = images()
+    params = random_params(**TINY)
+    options = dict(grid_size=(4, 5, 4))
+    once = build("gridreg", iterations=1, **TINY)
+    streams = {"iterations": jax.random.key(seed)}
+
+    def train(params):
+        model = build("gridreg", iterations=2, **TINY)
+        return model.apply(params, fixed, moving, **options, train=True, rngs=streams).control_grid
+
+    def expected(params, before):
+        earlier = build("gridreg", iterations=before, **TINY)
+        given = jax.lax.stop_gradient(earlier.apply(params, fixed, moving, **options))
+        warped = warp(moving, given.displacement)
+        return given.control_grid + once.apply(params, fixed, warped, **options).control_grid
+
+    candidates = [lambda p: once.apply(p, fixed, moving, **options).control_grid, lambda p: expected(p, 1)]
+    found = train(params)
+    errors = [np.abs(found - candidate(params)).max() for candidate in candidates]
+    assert min(errors) < 1e-4 < 1e-2 < max(errors)
+    before = int(np.argmin(errors))
+    gradients = [
+        jax.jit(jax.grad(lambda params, function=function: (function(params) ** 2).sum()))(params)
+        for function in (train, candidates[before])
+    ]
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max() + 1e-4)
+
+
+def test_both_numbers_of_iterations_are_drawn():
+    draws = {int(jax.random.randint(jax.random.key(seed), (), 0, 2)) for seed in range(20)}
+    assert draws == {0, 1}
+
+
+def test_a_bounded_head_stays_within_its_bound():
+    params = jax.tree.map(lambda leaf: 20 * leaf, random_params(**TINY))
+    half = (np.array(SHAPE) - 1) / 2
+    for bound in (0.1, 1.0):
+        model = build("gridreg", **TINY, bound=bound)
+        grid = model.apply(params, *images(), grid_size=(5, 4, 6)).control_grid
+        assert np.all(np.abs(grid) <= bound * half + 1e-4)
+        assert np.abs(grid).max() > 0.5 * bound * half.min()
+
+
+def test_the_bayesian_head_leaves_the_mean_alone_and_its_variance_reaches_the_voxels_exactly():
+    fields = TINY | dict(interpolator="bspline", bayesian=True)
+    params = random_params(**fields)
+    bayesian = build("gridreg", **fields).apply(params, *images(), grid_size=(5, 4, 6))
+    plain = build("gridreg", **fields | dict(bayesian=False))
+    without = {name: leaf for name, leaf in params["params"].items() if name != "log_variance"}
+    mean = plain.apply({"params": without}, *images(), grid_size=(5, 4, 6))
+    np.testing.assert_allclose(bayesian.control_grid, mean.control_grid, atol=1e-6)
+    assert mean.variance is None and bayesian.log_variance.std() > 0.1
+    weights = [axis_weights("bspline", g, size) for g, size in zip((5, 4, 6), SHAPE, strict=True)]
+    expected = np.einsum("xa,yb,zc,nabcd->nxyzd", *(w**2 for w in weights), np.exp(bayesian.log_variance))
+    np.testing.assert_allclose(bayesian.variance, expected, rtol=1e-4)
+
+
+def test_the_bayesian_head_starts_as_certain_everywhere():
+    fields = TINY | dict(bayesian=True)
+    start = build("gridreg", **fields).init_with_output(jax.random.key(0), *images(), grid_size=(5, 4, 6))[0]
+    np.testing.assert_array_equal(start.log_variance, np.full((1, 5, 4, 6, 3), -2.0))
+
+
+def test_the_encoder_of_the_documentation_can_be_named(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    code = [line for line in text.splitlines() if line.startswith("    ") or not line.strip()]
+    (tmp_path / "blur_encoder.py").write_text(textwrap.dedent("\n".join(code)))
+    monkeypatch.syspath_prepend(tmp_path)
+    fields = TINY | dict(encoder="blur_encoder:Blur")
+    assert shapes_of_params(**fields)["params"]["encoder"]["Dense_0"]["kernel"].shape == (2, 4)
+    found = build("gridreg", **fields).init_with_output(jax.random.key(0), *images(), grid_size=(4, 5, 4))[0]
+    assert found.control_grid.shape == (1, 4, 5, 4, 3)

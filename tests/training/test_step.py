@@ -127,6 +127,30 @@ def test_a_batch_that_cannot_be_split_is_refused_with_the_next_that_can(monkeypa
         training.check_batch_size(batch_size)
 
 
+def test_compiled_steps_are_the_step_and_know_their_memory(on_all_devices):
+    run = training.build_run(CONFIG)
+    step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation=AUGMENTATION)
+    state, sharded = run.init_state(), training.shard(batch())
+    sizes = [GRID, (5, 5, 5)]
+    compiled, needed = training.compile_steps(step, state, sharded, sizes)
+    assert list(compiled) == sizes
+    # At least the state and the batch must fit.
+    assert needed > sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    for _ in range(STEPS):
+        state, _ = compiled[GRID](state, sharded)
+    params = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    for name, leaf in on_all_devices[0].items():
+        np.testing.assert_allclose(params[name], leaf, atol=1e-6, err_msg=name)
+
+
+def test_a_step_that_would_not_fit_is_refused_before_it_runs(monkeypatch):
+    run = training.build_run(CONFIG)
+    step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation=AUGMENTATION)
+    monkeypatch.setattr(training, "memory_available", lambda: 1000)
+    with pytest.raises(InputError, match="a step at grid size 4 needs .* and 0.0 GiB are free: a smaller"):
+        training.compile_steps(step, run.init_state(), training.shard(batch()), [GRID])
+
+
 if __name__ == "__main__":
     params, losses, *_ = train()
     np.savez(sys.argv[1], devices=jax.local_device_count(), loss=losses["loss"], **params)

@@ -1,0 +1,311 @@
+"""Time and memory of gridreg_jax against the same network in PyTorch, on the CPU.
+
+    pip install -e '.[bench]'
+    python benchmarks/versus_torch.py [--shape 128 128 102] [--grid 10] [--repeats 7] [--out FILE]
+
+A training step (batch 1: squared difference, soft Dice with two labels, bending energy, Adam) and an inference
+(network, interpolation, warp), by default at the size of the paper's prostate images. Each system has a process of its
+own, whose peak resident memory is then its own, and the two run in turns: one run here, one run there, so that whatever
+else the computer does falls on both. Before anything is measured, both must give the same displacement and the same
+loss from the same parameters. Ratios are ours over PyTorch's: below 1 is faster, or smaller, than PyTorch.
+
+Our peak memory includes that of XLA's compiler, unless JAX_COMPILATION_CACHE_DIR names a folder that already holds the
+compiled programs, as it does from the second start of `train.py` on; the result says whether that variable was set.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pickle
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+LEARNING_RATE = 1e-4
+NUM_LABELS = 2
+SYSTEMS = ("jax", "torch")
+WHAT = {"train": "training step", "inference": "inference"}
+
+
+def make_batch(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """Two images of blobs, with labels 1 and 2: `[1, X, Y, Z, 1]` and `[1, X, Y, Z]`."""
+    rng = np.random.default_rng(0)
+    axes = np.meshgrid(*(np.linspace(0, 1, size, dtype=np.float32) for size in shape), indexing="ij", sparse=True)
+    batch = {}
+    for name in ("fixed", "moving"):
+        distances = [
+            sum((axis - center) ** 2 for axis, center in zip(axes, rng.uniform(0.3, 0.7, 3), strict=True))
+            for _ in range(NUM_LABELS)
+        ]
+        image = sum(np.exp(-50 * distance) for distance in distances) + 0.05 * rng.uniform(size=shape)
+        labels = np.select([distance < 0.03 for distance in distances], range(1, NUM_LABELS + 1))
+        batch[name] = image.astype(np.float32)[None, ..., None]
+        batch[f"{name}_labels"] = labels.astype(np.int32)[None]
+    return batch
+
+
+def weights(shape: tuple[int, int, int]) -> dict[str, float]:
+    """Weights of the losses; the paper's bending energy in voxels."""
+    return dict(dice=1.0, bending=2e5 * (2 / shape[0]) ** 2)
+
+
+class Jax:
+    """gridreg_jax: the real training step and prediction. It also draws the parameters, for both."""
+
+    def __init__(self, options, folder: Path):
+        import jax
+
+        from gridreg_jax.measure import make_predict
+        from gridreg_jax.training.step import TrainState, build_run, make_train_step, replicated, shard
+
+        fields = dict(interpolator=options.interpolator, contrast_window=options.contrast_window)
+        run = build_run(
+            dict(
+                model=dict(name="gridreg", **fields),
+                optimizer=dict(name="adam", learning_rate=LEARNING_RATE),
+                data=dict(shape=options.shape),
+                grid_sizes=(options.grid,),
+                steps=1000,
+                seed=0,
+            )
+        )
+        self.grid_size, self.shard = run.grid_size, shard
+        self.batch = make_batch(options.shape)
+        self.block = jax.block_until_ready
+
+        # Away from the start, where the head is zero and the displacement too.
+        rng = np.random.default_rng(1)
+        params = jax.tree.map(
+            lambda leaf: leaf + 0.02 * rng.normal(size=leaf.shape).astype(np.float32), run.init_state().params
+        )
+        (folder / "params.pickle").write_bytes(pickle.dumps(jax.device_get(params)))
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+        state = TrainState(np.zeros((), np.int32), params, run.optimizer.init(params))
+        self.state = jax.device_put(state, replicated())
+        # `train` consumes the state, so the prediction has a copy of its own.
+        self.params = jax.device_put(jax.device_get(params))
+        self.images = jax.device_put({name: self.batch[name] for name in ("fixed", "moving")})
+
+        loss = dict(interpolator=options.interpolator, num_labels=NUM_LABELS, grid=0.0, **weights(options.shape))
+        self.step = make_train_step(run.model, run.optimizer, seed=0, loss=loss, augmentation={})
+        self.predict = make_predict(run.model)
+
+    def train(self) -> float:
+        self.state, metrics = self.block(self.step(self.state, self.shard(self.batch), self.grid_size))
+        return float(metrics["loss"])
+
+    def inference(self) -> np.ndarray:
+        return self.block(self.predict(self.params, self.images, self.grid_size))["displacement"]
+
+
+class Torch:
+    """The same in PyTorch, run eagerly as PyTorch is by default, with all cores."""
+
+    def __init__(self, options, folder: Path):
+        import torch
+
+        from benchmarks import torch_gridreg
+
+        torch.set_num_threads(os.cpu_count())
+        self.torch, self.gridreg, self.options = torch, torch_gridreg, options
+        self.grid_size = (options.grid,) * 3
+        params = pickle.loads((folder / "params.pickle").read_bytes())
+        fields = dict(interpolator=options.interpolator, contrast_window=options.contrast_window)
+        self.model = torch_gridreg.load_flax_params(torch_gridreg.GridReg(**fields), params)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE, fused=True)
+        self.batch = {name: torch.from_numpy(array) for name, array in make_batch(options.shape).items()}
+        self.batch |= {name: self.batch[name].movedim(-1, 1) for name in ("fixed", "moving")}
+
+    def train(self) -> float:
+        self.optimizer.zero_grad()
+        displacement, control_grid = self.model(self.batch["fixed"], self.batch["moving"], self.grid_size)
+        loss = self.gridreg.objective(
+            displacement,
+            control_grid,
+            self.batch,
+            interpolator=self.options.interpolator,
+            num_labels=NUM_LABELS,
+            **weights(self.options.shape),
+        ).mean()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def inference(self) -> np.ndarray:
+        with self.torch.inference_mode():
+            displacement, _ = self.model(self.batch["fixed"], self.batch["moving"], self.grid_size)
+            self.gridreg.warp(self.batch["moving"], displacement)
+        return displacement.numpy()
+
+
+def serve(options) -> None:
+    """The child: do what each line on stdin says, and answer with a line of JSON on stdout."""
+    folder = Path(options.folder)
+    system = {"jax": Jax, "torch": Torch}[options.system](options, folder)
+    np.save(folder / f"{options.system}.npy", np.asarray(system.inference()))
+    print(json.dumps({"parameters": system.parameters, "loss": system.train()}), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "memory":
+            # KiB on Linux, bytes on macOS.
+            answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        else:
+            run = getattr(system, line.strip())
+            start = time.perf_counter()
+            run()
+            answer = 1e3 * (time.perf_counter() - start)
+        print(json.dumps(answer), flush=True)
+
+
+class Child:
+    """A system in a process of its own."""
+
+    def __init__(self, system: str, options, folder: str):
+        arguments = ["--shape", *map(str, options.shape), "--grid", str(options.grid)]
+        arguments += ["--interpolator", options.interpolator, "--contrast_window", str(options.contrast_window)]
+        self.system = system
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.versus_torch", *arguments, "--system", system, "--folder", folder],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.ready = self._answer()
+
+    def ask(self, what: str) -> float:
+        """Milliseconds of one "train" or "inference", or MiB of "memory"."""
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"error: the {self.system} process ended; what it wrote is above")
+        return json.loads(line)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def check(children: dict[str, Child], folder: str) -> float:
+    """Largest difference of the two displacements in voxels; exits where the two are not the same network."""
+    displacements = [np.load(Path(folder) / f"{system}.npy") for system in SYSTEMS]
+    difference = float(np.abs(displacements[0] - displacements[1]).max())
+    losses = [children[system].ready["loss"] for system in SYSTEMS]
+    if not difference <= 1e-3:
+        sys.exit(f"error: the displacements differ by {difference:.2g} voxels: not the same network, nothing measured")
+    if not abs(losses[0] - losses[1]) <= 1e-3 * abs(losses[0]):
+        sys.exit(f"error: the losses are {losses[0]:.6g} and {losses[1]:.6g}: not the same loss, nothing measured")
+    return difference
+
+
+def measure(options) -> dict:
+    """All measurements."""
+    with tempfile.TemporaryDirectory() as folder:
+        # In this order: the first writes the parameters that the second reads.
+        with Child("jax", options, folder) as ours, Child("torch", options, folder) as theirs:
+            children = {"jax": ours, "torch": theirs}
+            difference = check(children, folder)
+            runs = {what: {system: [] for system in SYSTEMS} for what in WHAT}
+            for what in WHAT:
+                for repeat in range(-2, options.repeats):
+                    for system, child in children.items():
+                        # Threads of the other system that still wait for work have gone to sleep by then.
+                        time.sleep(0.2)
+                        duration = child.ask(what)
+                        if repeat >= 0:  # the first two warm up
+                            runs[what][system].append(duration)
+            memory = {system: child.ask("memory") for system, child in children.items()}
+            parameters = {system: child.ready["parameters"] for system, child in children.items()}
+    medians = {what: {system: statistics.median(runs[what][system]) for system in SYSTEMS} for what in WHAT}
+    return {
+        "train_ratio": medians["train"]["jax"] / medians["train"]["torch"],
+        "inference_ratio": medians["inference"]["jax"] / medians["inference"]["torch"],
+        "memory_ratio": memory["jax"] / memory["torch"],
+        "train_ms": medians["train"],
+        "inference_ms": medians["inference"],
+        "memory_mib": memory,
+        "runs_ms": runs,
+        "parameters": parameters,
+        "displacement_difference_voxels": difference,
+        "shape": list(options.shape),
+        "grid": options.grid,
+        "interpolator": options.interpolator,
+        "contrast_window": options.contrast_window,
+        "repeats": options.repeats,
+        "compilation_cache": bool(os.environ.get("JAX_COMPILATION_CACHE_DIR")),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "versions": {name: importlib.metadata.version(name) for name in SYSTEMS},
+    }
+
+
+def cpu_model() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def table(result: dict) -> str:
+    """The measurements for reading."""
+    rows = [("", "gridreg_jax", "PyTorch", "ratio")]
+    for name, key, ratio in (
+        ("training step, ms", "train_ms", "train_ratio"),
+        ("inference, ms", "inference_ms", "inference_ratio"),
+        ("peak memory, MiB", "memory_mib", "memory_ratio"),
+    ):
+        rows.append((name, *(f"{result[key][system]:.1f}" for system in SYSTEMS), f"{result[ratio]:.2f}"))
+    rows.append(("parameters", *(str(result["parameters"][system]) for system in SYSTEMS), ""))
+    rows.append(("version", *(result["versions"][system] for system in SYSTEMS), ""))
+    setting = f"{'x'.join(map(str, result['shape']))} voxels, grid {result['grid']}, {result['interpolator']}"
+    computer = f"{result['cpu']}, {result['cores']} cores; medians of {result['repeats']} runs"
+    return "\n".join([setting, computer, *("{:<20}{:>14}{:>14}{:>8}".format(*row).rstrip() for row in rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", type=int, nargs=3, default=(128, 128, 102), help="voxels an axis")
+    parser.add_argument("--grid", type=int, default=10, help="control points an axis")
+    parser.add_argument("--repeats", type=int, default=7, help="measured runs of each kind and system")
+    parser.add_argument("--interpolator", choices=("bspline", "trilinear"), default="bspline")
+    parser.add_argument("--contrast_window", type=int, default=0, help="local normalisation, odd; 0 for none")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    # What a child process is started with.
+    parser.add_argument("--system", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.shape = tuple(options.shape)
+    if options.repeats < 1:
+        parser.error("--repeats: give 1 or more")
+    if options.system:
+        return serve(options)
+    if not importlib.util.find_spec("torch"):
+        sys.exit("error: PyTorch is missing; install the extra `bench`: pip install -e '.[bench]'")
+    result = measure(options)
+    print(table(result))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

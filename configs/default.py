@@ -1,0 +1,94 @@
+"""Every option, with the values that this library finds good on two CPU cores; the other configs say what differs."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "default"
+    config.seed = 0
+
+    config.model = ConfigDict()
+    config.model.name = "gridreg"
+    config.model.encoder = "strided"  # "pooled", or package.module:Class for another one
+    config.model.levels = 5
+    config.model.width = 16
+    config.model.downsampled = 4  # levels that halve the lattice
+    config.model.skips = (3, 2, 1)  # encoder levels that are projected to tokens, after the last one; (): none
+    config.model.projection = 32
+    config.model.products = True  # tokens hold products of features; False: the paper's linear projection
+    config.model.decoder = 32
+    config.model.heads = 4
+    config.model.window = 3  # grid cells an axis that a control point attends to; None: global; 1: no attention
+    config.model.tokens = 8  # with global attention, tokens an axis
+    config.model.interpolator = "bspline"  # "trilinear", "gaussian"
+    config.model.bound = 0.0  # largest displacement of a control point in half lattices; 0: free
+    config.model.bayesian = False  # True: also predict the uncertainty of every control point
+    config.model.contrast_window = 9  # voxels an axis; intensities are normalised locally before the encoder
+    config.model.iterations = 2  # runs of the network, each on what the one before has warped; the paper's: 1
+
+    config.data = ConfigDict()
+    config.data.pairs = ""  # CSV of pairs; neither list: the embedded cohort
+    config.data.subjects = ""  # CSV of subjects, from which pairs are drawn
+    config.data.shape = (80, 96, 80)  # voxels of the working lattice
+    config.data.spacing = (2.0, 2.0, 2.0)  # mm
+    config.data.center = "mass"  # what comes to the middle of the lattice: centre of "mass" or of the "image"
+    config.data.labels = ()  # label values to score; () for all that occur
+    config.data.cohort_subjects = (24, 4, 6)  # training, validation, test
+    config.data.evaluation_pairs = (6, 12)  # validation and test pairs drawn among subjects
+    config.data.cache_dir = ""  # for prepared images; "" for $GRIDREG_CACHE or ~/.cache/gridreg_jax
+
+    config.loss = ConfigDict()
+    config.loss.similarity = "mse"  # of the images; "lncc", "ncc", "nmi", "mind"
+    config.loss.grid_similarity = "mse"  # of their values at the control points
+    config.loss.image = 1.0
+    config.loss.grid = 1.0
+    config.loss.dice = 0.0
+    config.loss.bending = 10.0  # per squared voxel; `paper` below converts the paper's
+    config.loss.entropy = 0.01  # of a Bayesian head's posterior (the paper's lambda_0)
+    config.loss.samples = 2  # maps drawn from it
+
+    config.augmentation = ConfigDict()  # see `gridreg_jax.augment`
+    config.augmentation.flip = 0.0
+    config.augmentation.affine = 0.0
+    config.augmentation.shift = 0.0
+    config.augmentation.elastic = 0.0
+    config.augmentation.contrast = 0.0
+    config.augmentation.noise = 0.0
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.decay = True
+    config.optimizer.clip = 1.0
+
+    config.grid_sizes = (5, 8, 10, 15)
+    config.batch_size = 1
+    config.steps = 450
+    config.val_every = 450
+    config.checkpoint_every = 100
+    return config
+
+
+def paper(config: ConfigDict, *, training_pairs: int) -> ConfigDict:
+    """Set network, losses and optimiser of the paper (sections 3 and 4.3), for a lattice that is already set."""
+    config.model.products = False
+    config.model.interpolator = "trilinear"
+    config.model.bound = 1.0
+    config.model.contrast_window = 0
+    config.model.iterations = 1
+    # 2e5 for displacements in half volumes, where u = 2 u_voxels / X: 48.8 at 128 voxels.
+    config.loss.bending = 2e5 * (2 / config.data.shape[0]) ** 2
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.decay = False
+    config.optimizer.clip = 0.0
+    config.batch_size = 4
+    config.steps = 300 * training_pairs // config.batch_size  # 300 epochs
+    config.val_every = config.steps // 30
+    config.checkpoint_every = config.steps // 60
+    return config
+
+
+def unknown(name: str, variant: str, known: str) -> ValueError:
+    """What a config raises for a variant that it does not have."""
+    return ValueError(f"configs/{name}.py:{variant}: there is no such variant; there are {known}")

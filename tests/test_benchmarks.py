@@ -1,0 +1,59 @@
+"""The PyTorch network of the benchmark is the JAX network: same displacement, same loss, same gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gridreg_jax.models import build
+from gridreg_jax.training.objective import objective
+
+torch = pytest.importorskip("torch")
+from benchmarks import torch_gridreg  # noqa: E402 (it needs torch)
+
+SHAPE, GRID = (16, 20, 16), (5, 4, 6)
+TINY = dict(levels=4, width=4, projection=8, decoder=8, heads=2)
+WEIGHTS = dict(num_labels=2, dice=1.0, bending=50.0)
+
+
+def make_batch():
+    rng = np.random.default_rng(0)
+    batch = {name: rng.uniform(size=(1, *SHAPE, 1)).astype(np.float32) for name in ("fixed", "moving")}
+    return batch | {f"{name}_labels": rng.integers(0, 3, (1, *SHAPE), dtype=np.int32) for name in batch}
+
+
+@pytest.mark.parametrize(("interpolator", "contrast_window"), [("bspline", 0), ("trilinear", 5)])
+def test_same_displacement_loss_and_gradient_as_in_torch(interpolator, contrast_window):
+    fields, batch = TINY | dict(interpolator=interpolator, contrast_window=contrast_window), make_batch()
+    model = build("gridreg", **fields)
+
+    def loss(params, batch):
+        prediction = model.apply(params, batch["fixed"], batch["moving"], grid_size=GRID)
+        return objective(prediction, batch, interpolator=interpolator, grid=0.0, **WEIGHTS)[0].sum(), prediction
+
+    # Random in every leaf: the head is zero at the start.
+    image = jax.ShapeDtypeStruct((1, *SHAPE, 1), jnp.float32)
+    shapes = jax.eval_shape(lambda *pair: model.init(jax.random.key(0), *pair, grid_size=GRID), image, image)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), shapes)
+    (expected, prediction), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch)
+
+    module = torch_gridreg.load_flax_params(torch_gridreg.GridReg(**fields), params)
+    images = {name: torch.from_numpy(np.moveaxis(batch[name], -1, 1)) for name in ("fixed", "moving")}
+    labels = {name: torch.from_numpy(batch[name]) for name in ("fixed_labels", "moving_labels")}
+    displacement, control_grid = module(images["fixed"], images["moving"], GRID)
+    found = torch_gridreg.objective(displacement, control_grid, images | labels, interpolator=interpolator, **WEIGHTS)
+    found.sum().backward()
+
+    assert np.abs(prediction.displacement).max() > 1
+    np.testing.assert_allclose(displacement.detach(), prediction.displacement, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found.detach(), [expected], rtol=1e-5)
+    # Gradients are laid out as parameters are.
+    gradients = torch_gridreg.load_flax_params(torch_gridreg.GridReg(**fields), gradient)
+    assert sum(p.numel() for p in module.parameters()) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    for (name, parameter), wanted in zip(module.named_parameters(), gradients.parameters(), strict=True):
+        if name.startswith("encoder") and name.endswith("bias"):
+            continue  # the norm that follows takes it away: rounding alone
+        wanted = wanted.detach().numpy()
+        error = np.abs(parameter.grad.numpy() - wanted).max()
+        assert error <= 1e-3 * np.abs(wanted).max(), name

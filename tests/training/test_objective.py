@@ -1,0 +1,108 @@
+"""The objective: weights, and the expectation over maps drawn from a Bayesian head."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gridreg_jax.models import Prediction
+from gridreg_jax.training.objective import objective
+from gridreg_jax.transforms.interpolation import interpolate, interpolate_at_controls, interpolate_variance
+
+SHAPE, GRID = (14, 12, 13), (5, 4, 6)
+PLAIN = dict(interpolator="trilinear", num_labels=2)
+
+
+def predict(control_grid, log_variance=None):
+    return Prediction(
+        displacement=interpolate(control_grid, SHAPE),
+        control_grid=control_grid,
+        control_displacement=interpolate_at_controls(control_grid),
+        log_variance=log_variance,
+    )
+
+
+def random_case(cases=2, seed=0):
+    rng = np.random.default_rng(seed)
+    images = jnp.asarray(rng.uniform(size=(2, cases, *SHAPE, 1)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 3, (2, cases, *SHAPE)), jnp.int32)
+    batch = dict(fixed=images[0], moving=images[1], fixed_labels=labels[0], moving_labels=labels[1])
+    return batch, jnp.asarray(rng.normal(size=(cases, *GRID, 3)), jnp.float32)
+
+
+def keys(cases=2):
+    return jax.random.split(jax.random.key(0), cases)
+
+
+def test_the_total_is_the_weighted_sum_and_a_weight_of_zero_saves_the_term():
+    batch, control_grid = random_case()
+    total, terms = objective(predict(control_grid), batch, **PLAIN, image=2.0, grid=0.5, dice=0.7, bending=3.0)
+    assert terms.keys() == {"image", "grid", "dice", "bending"}
+    expected = 2.0 * terms["image"] + 0.5 * terms["grid"] + 0.7 * terms["dice"] + 3.0 * terms["bending"]
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    _, terms = objective(predict(control_grid), batch, **PLAIN, image=1.0, grid=0.0, dice=0.0, bending=0.0)
+    assert terms.keys() == {"image"}
+
+
+def test_the_grid_similarity_is_that_of_the_images_at_the_control_points():
+    batch, _ = random_case()
+    rng = np.random.default_rng(3)
+    # A grid of the size of the lattice has its control points on the voxels.
+    control_grid = jnp.asarray(rng.normal(size=(2, *SHAPE, 3)), jnp.float32)
+    for name in ("mse", "ncc"):
+        _, terms = objective(
+            predict(control_grid), batch, **PLAIN, similarity=name, grid_similarity=name, dice=0.0, bending=0.0
+        )
+        np.testing.assert_allclose(terms["grid"], terms["image"], rtol=1e-4)
+
+
+def test_maps_of_a_certain_posterior_are_its_mean():
+    batch, control_grid = random_case()
+    certain = predict(control_grid, jnp.full_like(control_grid, -40.0))
+    plain, terms = objective(predict(control_grid), batch, **PLAIN)
+    drawn, bayesian_terms = objective(certain, batch, **PLAIN, samples=3, entropy=0.0, keys=keys())
+    np.testing.assert_allclose(plain, drawn, rtol=1e-5)
+    np.testing.assert_allclose(bayesian_terms["entropy"], [20.0, 20.0])
+
+
+def test_the_expected_squared_difference_of_a_ramp_is_the_propagated_variance():
+    """For M(x) = a x, E (F - M(x + u))^2 = (F - M(x + mean))^2 + a^2 Var u(x)."""
+    ramp = 0.1 * jnp.broadcast_to(jnp.arange(float(SHAPE[0])).reshape(1, -1, 1, 1, 1), (1, *SHAPE, 1))
+    batch = dict(fixed=ramp, moving=ramp)
+    # The border is certain: there the ramp ends.
+    log_variance = jnp.full((1, *GRID, 3), -30.0).at[:, 1:-1, :, :, 0].set(-1.0)
+    prediction = predict(jnp.zeros((1, *GRID, 3)), log_variance)
+    options = PLAIN | dict(image=1.0, grid=0.0, bending=0.0, samples=400)
+    _, terms = jax.jit(lambda keys: objective(prediction, batch, **options, keys=keys))(keys(1))
+    expected = 0.1**2 * float(interpolate_variance(jnp.exp(log_variance), SHAPE)[..., 0].mean())
+    assert float(terms["image"][0]) == pytest.approx(expected, rel=0.05)
+
+
+def test_draws_depend_on_the_example_and_not_on_its_batch():
+    batch, control_grid = random_case()
+    log_variance = jnp.zeros_like(control_grid)
+    options = PLAIN | dict(samples=2, entropy=0.1)
+    both, _ = objective(predict(control_grid, log_variance), batch, **options, keys=keys())
+    for case in range(2):
+        part = {name: array[case : case + 1] for name, array in batch.items()}
+        alone = predict(control_grid[case : case + 1], log_variance[case : case + 1])
+        one, _ = objective(alone, part, **options, keys=keys()[case : case + 1])
+        np.testing.assert_allclose(one[0], both[case], rtol=1e-5)
+
+
+def test_entropy_widens_the_posterior_where_nothing_can_be_seen():
+    """On a flat image only the entropy acts; on a textured one the similarity holds it back."""
+    batch, control_grid = random_case(cases=1)
+    flat = {name: jnp.full_like(batch[name], 0.5) for name in ("fixed", "moving")}
+    options = PLAIN | dict(grid=0.0, bending=0.0, samples=4, entropy=0.01)
+
+    def slope(images):
+        def loss(log_variance):
+            return objective(predict(jnp.zeros_like(control_grid), log_variance), images, **options, keys=keys(1))[0][0]
+
+        return jax.grad(loss)(jnp.zeros_like(control_grid))
+
+    entropy_alone = -0.5 * 0.01 / control_grid.size
+    np.testing.assert_allclose(slope(flat), np.full(control_grid.shape, entropy_alone), rtol=1e-4)
+    textured = {name: batch["fixed"] for name in ("fixed", "moving")}
+    assert slope(textured).mean() > abs(entropy_alone)
