@@ -64,8 +64,8 @@ def get_config() -> ConfigDict:
 
     config.grid_sizes = (5, 8, 10, 15)
     config.batch_size = 1
-    config.steps = 450
-    config.val_every = 450
+    config.steps = 360
+    config.val_every = 360
     config.checkpoint_every = 100
     return config
 

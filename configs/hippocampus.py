@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.augmentation.contrast = 0.15
     config.augmentation.noise = 0.02
     config.batch_size = 2
-    config.steps = 6000
+    config.steps = 5000
     config.val_every = 1000
     config.checkpoint_every = 500
     if variant == "cpu":

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -142,7 +141,7 @@ def make_train_step(
 def compile_steps(
     step: Callable, state: TrainState, batch: dict[str, np.ndarray], grid_sizes: Iterable[tuple[int, int, int]]
 ) -> tuple[dict[tuple[int, int, int], Callable], int]:
-    """The step compiled for every grid size, side by side, before the first one runs.
+    """The step compiled for every grid size, before the first one runs.
 
     Args:
       state, batch: of the shapes that steps will have; `batch` sharded.
@@ -153,11 +152,8 @@ def compile_steps(
     Raises:
       InputError: more memory than there is.
     """
-    grid_sizes = list(dict.fromkeys(grid_sizes))
-    lowered = [step.lower(state, batch, grid_size) for grid_size in grid_sizes]
-    # XLA compiles in one thread per program, without Python's lock.
-    with ThreadPoolExecutor(max_workers=len(lowered)) as threads:
-        compiled = dict(zip(grid_sizes, threads.map(lambda program: program.compile(), lowered), strict=True))
+    # One after the other: XLA uses all cores for one program, and takes more than a gigabyte while it does.
+    compiled = {grid_size: step.lower(state, batch, grid_size).compile() for grid_size in grid_sizes}
     needed = {grid_size: _bytes_needed(program) for grid_size, program in compiled.items()}
     largest = max(needed, key=needed.get)
     available = memory_available()
