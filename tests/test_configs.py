@@ -9,7 +9,7 @@ import pytest
 from configs import default
 from gridreg_jax.errors import InputError
 from gridreg_jax.training.loop import check_config
-from gridreg_jax.training.step import build_run
+from gridreg_jax.training.step import build_run, replicated
 
 VARIANTS = [
     ("brain", "cpu"),
@@ -43,9 +43,12 @@ def test_a_variant_builds_and_has_every_option(name, variant):
         assert "batch_size" in str(error)  # more devices than the config was written for
     run = build_run(config)
     image = jax.ShapeDtypeStruct((1, *run.shape, 1), jnp.float32)
-    params = run.state_shapes(None).params
-    prediction = jax.eval_shape(lambda p, a, b: run.model.apply(p, a, b, grid_size=(10, 10, 10)), params, image, image)
-    assert prediction.displacement.shape == (1, *run.shape, 3)
+    params = run.state_shapes(replicated()).params
+
+    def predict(params, fixed, moving):
+        return run.model.apply(params, fixed, moving, grid_size=(10, 10, 10)).displacement
+
+    assert jax.eval_shape(predict, params, image, image).shape == (1, *run.shape, 3)
 
 
 @pytest.mark.parametrize("name", ["brain", "prostate", "pelvis"])
