@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from configs import brain
+from gridreg_jax.data.pipeline import Dataset
+from gridreg_jax.data.preprocess import Lattice
 from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation.evaluate import evaluate
 from gridreg_jax.training import loop
@@ -115,8 +117,24 @@ def test_a_run_learns_and_leaves_its_results(trained):
     for line in validation:
         assert line["scores"].keys() == {"4", "5"}
         assert line["score"] == max(line["scores"].values()) == line["scores"][str(line["grid_size"][0])]
+        assert max(line["folding_percent"].values()) <= loop.FOLDING_PERCENT
     assert any((workdir / "events").iterdir())
     assert summary == json.loads((workdir / "evaluation" / "summary.json").read_text())
+
+
+def test_a_grid_size_that_folds_is_chosen_only_if_all_do(monkeypatch):
+    def summary(score, folding):
+        return {"metrics": {"dice": {"after": score}, "folding_percent": {"after": folding}}}
+
+    def chosen(found):
+        monkeypatch.setattr(loop, "measure", lambda *_: [])
+        monkeypatch.setattr(loop, "summarise", lambda rows, size: summary(*found[size[0]]))
+        dataset = Dataset((), {"val": []}, (), Lattice((4, 4, 4), (1.0, 1.0, 1.0)), ())
+        return loop.validate(print, {}, dataset, tuple(found))
+
+    found = chosen({5: (0.7, 0.0), 10: (0.8, 0.01), 15: (0.9, 0.02)})
+    assert (found["grid_size"], found["score"], found["scores"]["15"]) == ([10] * 3, 0.8, 0.9)
+    assert chosen({5: (0.7, 0.5), 10: (0.9, 0.6)})["grid_size"] == [10] * 3
 
 
 def test_the_results_of_the_evaluation(trained):

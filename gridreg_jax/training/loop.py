@@ -22,6 +22,9 @@ from gridreg_jax.training.step import build_run, check_batch_size, compile_steps
 from gridreg_jax.training.writers import MetricsWriter
 from gridreg_jax.transforms.interpolation import check_grid_size
 
+# Largest share of folded voxels (mean over the validation pairs) of a grid size that validation may prefer.
+FOLDING_PERCENT = 0.01
+
 
 def fit(config: ConfigDict, workdir: str | Path) -> bool:
     """Train what a config describes, in a folder.
@@ -126,6 +129,8 @@ def draw_grid_size(sizes: tuple[int, ...], *, seed: int, step: int) -> tuple[int
 def validate(predict: Callable, params, dataset: Dataset, grid_sizes: tuple[int, ...]) -> dict:
     """Score of every grid size on the validation pairs, and the best one (paper, section 3.1).
 
+    A size whose maps fold in more than `FOLDING_PERCENT` of the voxels is chosen only if all do.
+
     Returns:
       `grid_size` (a triple, the coarsest of equals), its `score`, and `scores` and `folding_percent` by grid size.
     """
@@ -135,12 +140,13 @@ def validate(predict: Callable, params, dataset: Dataset, grid_sizes: tuple[int,
         rows = [row for row, _ in measure(predict, params, dataset, dataset.pairs["val"], (size,) * 3)]
         summaries[size] = summarise(rows, (size,) * 3)
     scores = {size: score(summary) for size, summary in summaries.items()}
-    best = max(scores, key=scores.get)
+    folding = {size: summary["metrics"]["folding_percent"]["after"] for size, summary in summaries.items()}
+    best = max([size for size in scores if folding[size] <= FOLDING_PERCENT] or scores, key=scores.get)
     return {
         "grid_size": [best] * 3,
         "score": scores[best],
         "scores": {str(size): value for size, value in scores.items()},
-        "folding_percent": {str(s): summary["metrics"]["folding_percent"]["after"] for s, summary in summaries.items()},
+        "folding_percent": {str(size): value for size, value in folding.items()},
     }
 
 
