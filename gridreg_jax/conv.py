@@ -1,4 +1,4 @@
-"""The 3-D convolution of every model: native where the platform has a good one, matrix products on the CPU.
+"""The 3-D convolution of every model, native where the platform has a good one and matrix products on CPU; box sums.
 
 XLA's own 3-D convolution on the CPU is one to two orders of magnitude slower than the same arithmetic written as
 strided slices and a matrix product, in the gradient above all.
@@ -49,6 +49,19 @@ def _patches(x, kernel, stride):
         for k in range(size)
     ]
     return jnp.concatenate(taps, axis=-1) @ kernel.reshape(-1, features)
+
+
+def box_sum(values: Float[Array, "N X Y Z C"], window: int, padding: tuple[int, int]) -> Float[Array, "N x y z C"]:
+    """Sums over cubes of `window` voxels, one axis after the other; zeros beyond the border.
+
+    Of the ways tried on CPU (shifted additions, cumulative sums, banded matrices, one three-dimensional window) this
+    is the fastest, forward and gradient, and unlike a difference of cumulative sums it cancels nothing.
+    """
+    for axis in (1, 2, 3):
+        size, pad = [1] * 5, [(0, 0)] * 5
+        size[axis], pad[axis] = window, padding
+        values = jax.lax.reduce_window(values, 0.0, jax.lax.add, size, [1] * 5, pad)
+    return values
 
 
 class Conv3D(nn.Module):

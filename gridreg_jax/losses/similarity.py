@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, Shaped
 
+from gridreg_jax.conv import box_sum
 from gridreg_jax.errors import InputError
 
 Image = Num[Array, "N X Y Z C"]
@@ -98,12 +99,12 @@ def lncc(fixed: Image, warped: Image, *, window: int = 9, mask: Mask | None = No
     padding = (window // 2, window // 2)
     if weight is None:
         lines = [jnp.ones([size if a == axis else 1 for a, size in enumerate(fixed.shape)]) for axis in (1, 2, 3)]
-        count = math.prod(_box_sum(line, window, padding) for line in lines)
+        count = math.prod(box_sum(line, window, padding) for line in lines)
     else:
-        count = _box_sum(weight, window, padding)
+        count = box_sum(weight, window, padding)
 
     def local_mean(values):
-        sums = _box_sum(values if weight is None else values * weight, window, padding)
+        sums = box_sum(values if weight is None else values * weight, window, padding)
         return jnp.where(count > 0, sums / jnp.where(count > 0, count, 1.0), 0.0)
 
     fixed_mean, warped_mean = local_mean(fixed), local_mean(warped)
@@ -209,7 +210,7 @@ def _mind_ssc(image: Float[Array, "N X Y Z C"], radius: int, dilation: int) -> l
             # The pairs (+first, +second) and (-first, -second) compare patches one and the same offset apart, so one
             # map of patch distances, read at two places, serves both; likewise the two pairs of unequal sign.
             other = jnp.roll(padded, (-sign * dilation, dilation), axis=(first + 1, second + 1))
-            patch = _box_sum((padded - other) ** 2, 2 * radius + 1, (0, 0))
+            patch = box_sum((padded - other) ** 2, 2 * radius + 1, (0, 0))
             for axis, step in ((first, -sign), (second, 1)):
                 start = [dilation] * 3
                 start[axis] += step * dilation
@@ -251,16 +252,3 @@ def _standardised(image: Float[Array, "N X Y Z C"], weight) -> Float[Array, "N X
     flat = 1e-10 * _mean(constant**2, weight) + 1e-20
     scale = jax.lax.rsqrt(_mean(_centred(constant, weight) ** 2, weight) + flat)
     return (image - _mean(constant, weight)[:, None, None, None]) * scale[:, None, None, None]
-
-
-def _box_sum(values: Float[Array, "N X Y Z C"], window: int, padding: tuple[int, int]):
-    """Sums over cubes of `window` voxels, one axis after the other; zeros beyond the border.
-
-    Of the ways tried on CPU (shifted additions, cumulative sums, banded matrices, one three-dimensional window) this
-    is the fastest, forward and gradient, and unlike a difference of cumulative sums it cancels nothing.
-    """
-    for axis in (1, 2, 3):
-        size, pad = [1] * 5, [(0, 0)] * 5
-        size[axis], pad[axis] = window, padding
-        values = jax.lax.reduce_window(values, 0.0, jax.lax.add, size, [1] * 5, pad)
-    return values

@@ -36,7 +36,7 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
     Ctrl-C (or SIGTERM) ends the running step, saves and returns.
 
     Args:
-      config: see `configs/brain.py`.
+      config: see `configs/default.py`.
       workdir: takes `checkpoints/`, `metrics.jsonl` and `events/`.
 
     Returns:
@@ -113,9 +113,12 @@ def check_config(config: dict) -> None:
         if not isinstance(size, int):
             raise InputError(f"grid_sizes must be whole numbers, such as (5, 8), not {size!r}")
         check_grid_size((size,) * 3, config["model"].get("interpolator", "trilinear"))
-    if config["loss"]["similarity"] not in losses.SIMILARITIES:
-        known = ", ".join(losses.SIMILARITIES)
-        raise InputError(f"loss.similarity: {config['loss']['similarity']!r} is not known; known are {known}")
+    for name in ("similarity", "grid_similarity"):
+        if config["loss"][name] not in losses.SIMILARITIES:
+            known = ", ".join(losses.SIMILARITIES)
+            raise InputError(f"loss.{name}: {config['loss'][name]!r} is not known; known are {known}")
+    if config["loss"]["samples"] < 1:
+        raise InputError(f"loss.samples must be 1 or more, not {config['loss']['samples']}")
     for name in ("steps", "val_every", "checkpoint_every"):
         if config[name] < 1:
             raise InputError(f"{name} must be 1 or more, not {config[name]}")
@@ -172,7 +175,8 @@ def _compile(train_step: Callable, state, batch: dict, grid_sizes: tuple[int, ..
     began = time.perf_counter()
     tqdm.write(f"compiling for grid sizes {', '.join(map(str, grid_sizes))}")
     steps, needed = compile_steps(train_step, state, batch, [(size,) * 3 for size in grid_sizes])
-    tqdm.write(f"compiled in {time.perf_counter() - began:.0f} s; a step needs {needed / 2**20:.0f} MiB a device")
+    memory = f"; a step needs {needed / 2**20:.0f} MiB a device" if needed else ""
+    tqdm.write(f"compiled in {time.perf_counter() - began:.0f} s{memory}")
     return steps
 
 

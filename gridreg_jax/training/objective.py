@@ -31,7 +31,7 @@ def objective(
     """Weighted sum of the terms, and the terms themselves, one value a case.
 
     With a Bayesian head the similarities are means over maps drawn from the predicted posterior, by reparameterisation
-    `u_s = mean + sigma * noise_s` (paper, equation 1), and `-entropy / 2 * log sigma^2` keeps the posterior from
+    `u_s = mean + sigma * noise_s` (paper, section 3.1), and `-entropy / 2 * log sigma^2` keeps the posterior from
     collapsing: sigma grows where a displacement costs no similarity, and shrinks where correspondence is clear. The
     paper describes this behaviour and a penalty lambda_0; the formula is the project's (a variational free energy, as
     in Dalca et al., MICCAI 2018).
@@ -54,13 +54,9 @@ def objective(
         drawn = _draw(prediction, keys, samples, fixed.shape[1:4], interpolator)
     terms = {}
     if image:
-        terms["image"] = sum(SIMILARITIES[similarity](fixed, warp(moving, one.displacement)) for one in drawn) / len(
-            drawn
-        )
+        terms["image"] = _mean(SIMILARITIES[similarity](fixed, warp(moving, one.displacement)) for one in drawn)
     if grid and prediction.control_displacement is not None:
-        terms["grid"] = sum(_grid_similarity(one, fixed, moving, interpolator, grid_similarity) for one in drawn) / len(
-            drawn
-        )
+        terms["grid"] = _mean(_grid_similarity(one, fixed, moving, interpolator, grid_similarity) for one in drawn)
     if dice:
         terms["dice"] = soft_dice(
             batch["fixed_labels"], batch["moving_labels"], prediction.displacement, num_labels=num_labels
@@ -76,8 +72,12 @@ def objective(
     return sum(weights[name] * value for name, value in terms.items()), terms
 
 
+def _mean(values):
+    return jnp.mean(jnp.stack(list(values)), axis=0)
+
+
 def _draw(prediction, keys, samples, shape, interpolator) -> list[Prediction]:
-    """Predictions drawn from the posterior of the control grid (paper, equation 1)."""
+    """Predictions drawn from the posterior of the control grid (paper, section 3.1)."""
     mean, deviation = prediction.control_grid, jnp.exp(0.5 * prediction.log_variance)
     drawn = []
     for sample_keys in jax.vmap(lambda key: jax.random.split(key, samples), out_axes=1)(keys):

@@ -147,7 +147,8 @@ def compile_steps(
       state, batch: of the shapes that steps will have; `batch` sharded.
 
     Returns:
-      `{grid_size: compiled(state, batch)}`, and the largest memory (bytes) that a device needs for a step.
+      `{grid_size: compiled(state, batch)}`, and the largest memory (bytes) that a device needs for a step, 0 where the
+      platform does not tell.
 
     Raises:
       InputError: more memory than there is.
