@@ -1,4 +1,4 @@
-"""Evaluate: `python eval.py --workdir=runs/brain [--pairs=pairs.csv] [--grid_size=10] [--out=FOLDER]`."""
+"""Evaluate: `python eval.py --workdir=runs/brain [--pairs=pairs.csv] [--grid_size=10] [--refine=40] [--out=FOLDER]`."""
 
 from absl import flags
 
@@ -7,16 +7,23 @@ from gridreg_jax.errors import InputError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of train.py.", required=True)
 PAIRS = flags.DEFINE_string("pairs", "", "List of pairs (CSV); by default the run's own test pairs.")
-GRID_SIZE = flags.DEFINE_list("grid_size", [], "Control points an axis, e.g. 10 or 8,10,8; by default as validated.")
+GRID_SIZE = flags.DEFINE_list(
+    "grid_size", [], "Control points an axis, e.g. 10 or 8,10,8; auto; by default as validated."
+)
+REFINE = flags.DEFINE_integer(
+    "refine", None, "Steps of instance optimisation; by default as the run's config says (refinement.steps).", 0
+)
 OUT = flags.DEFINE_string("out", "", "Folder for the results; by default WORKDIR/evaluation.")
 
 
-def parse_grid_size(values: list[str]) -> tuple[int, int, int] | None:
-    """`["10"]` or `["8", "10", "8"]` as a triple; None for an empty list."""
+def parse_grid_size(values: list[str]) -> tuple[int, int, int] | str | None:
+    """`["10"]` or `["8", "10", "8"]` as a triple; "auto" for itself; None for an empty list."""
     if not values:
         return None
+    if values == ["auto"]:
+        return "auto"
     if len(values) not in (1, 3) or not all(value.strip().isdecimal() for value in values):
-        raise InputError(f"--grid_size={','.join(values)}: give one whole number, or three, e.g. 10 or 8,10,8")
+        raise InputError(f"--grid_size={','.join(values)}: give one whole number, three, or auto, e.g. 10 or 8,10,8")
     sizes = tuple(int(value) for value in values)
     return sizes * 3 if len(sizes) == 1 else sizes
 
@@ -24,7 +31,13 @@ def parse_grid_size(values: list[str]) -> tuple[int, int, int] | None:
 def run(_) -> None:
     from gridreg_jax.evaluation.evaluate import evaluate
 
-    evaluate(WORKDIR.value, pairs=PAIRS.value, grid_size=parse_grid_size(GRID_SIZE.value), out=OUT.value)
+    evaluate(
+        WORKDIR.value,
+        pairs=PAIRS.value,
+        grid_size=parse_grid_size(GRID_SIZE.value),
+        refine=REFINE.value,
+        out=OUT.value,
+    )
 
 
 if __name__ == "__main__":

@@ -62,6 +62,11 @@ def get_config() -> ConfigDict:
     config.optimizer.decay = True
     config.optimizer.clip = 1.0
 
+    config.refinement = ConfigDict()  # instance optimisation in the evaluation, see `gridreg_jax.instance`
+    config.refinement.steps = 0
+    config.refinement.bending = 10.0  # per squared voxel
+    config.refinement.learning_rate = 0.1  # voxels
+
     config.grid_sizes = (5, 8, 10, 15)
     config.batch_size = 1
     config.steps = 360

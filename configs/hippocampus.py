@@ -26,6 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.augmentation.elastic = 1.0
     config.augmentation.contrast = 0.15
     config.augmentation.noise = 0.02
+    config.refinement.steps = 40
     config.batch_size = 2
     config.steps = 5000
     config.val_every = 1000

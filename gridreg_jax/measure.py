@@ -10,23 +10,38 @@ from scipy import ndimage, stats
 
 from gridreg_jax import metrics
 from gridreg_jax.data.pipeline import Dataset
+from gridreg_jax.instance import refine
+from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import warp, warp_labels
+
+GridSize = tuple[int, int, int]
 
 # What a summary shows, in this order; each has a value before and after registration.
 SUMMARISED = ("dice", "tre_mm", "hd95_mm", "centroid_mm", "mse")
 # Properties of the map alone: 0 for the identity, which is the map before.
 OF_THE_MAP = ("folding_percent", "ndv_percent", "sd_log_jacobian")
+# A grid counts as good as the best when it keeps this share of the best one's gain in similarity.
+KEPT_GAIN = 0.95
 # Agreement of the predicted uncertainty with the true error, where both are known.
 OF_THE_UNCERTAINTY = ("sigma_error_spearman",)
 
 
-def make_predict(model: nn.Module) -> Callable:
+def make_predict(model: nn.Module, *, refinement: dict | None = None) -> Callable:
     """`predict(params, batch, grid_size)`, compiled once a grid size: displacement, warped image and, with labels or a
-    Bayesian head, warped labels and the variance of the displacement."""
+    Bayesian head, warped labels and the variance of the displacement.
 
-    def predict(params, batch: dict[str, jax.Array], grid_size: tuple[int, int, int]) -> dict[str, jax.Array]:
+    Args:
+      refinement: `steps`, `bending`, `learning_rate` of the instance optimisation that follows the network (see
+        `instance.refine`; the variance stays the network's); None: none.
+    """
+
+    def predict(params, batch: dict[str, jax.Array], grid_size: GridSize) -> dict[str, jax.Array]:
         prediction = model.apply(params, batch["fixed"], batch["moving"], grid_size=grid_size)
         displacement = prediction.displacement
+        if refinement:
+            images, interpolator = (batch["fixed"], batch["moving"]), model.interpolator
+            control_grid = refine(prediction.control_grid, *images, interpolator=interpolator, **refinement)
+            displacement = interpolate(control_grid, batch["fixed"].shape[1:4], method=interpolator)
         result = {"displacement": displacement, "warped": warp(batch["moving"], displacement)}
         if "moving_labels" in batch:
             result["warped_labels"] = warp_labels(batch["moving_labels"], displacement)
@@ -42,7 +57,7 @@ def measure(
     params,
     dataset: Dataset,
     pairs: Iterable[tuple[int, int]],
-    grid_size: tuple[int, int, int],
+    grid_size: GridSize | Callable[[dict[str, jax.Array]], GridSize],
     *,
     thorough: bool = False,
 ) -> Iterable[tuple[dict, dict[str, np.ndarray]]]:
@@ -54,25 +69,52 @@ def measure(
     landmarks the row holds the rank correlation of its value at the fixed landmarks with their error.
 
     Args:
+      grid_size: of all pairs; or a function that chooses it for a batch (see `coarsest_sufficient`), and then a row
+        says what it chose.
       thorough: also the slower ones: `hd95_mm` (mean over the labels in both maps) and `ndv_percent`.
     """
-    warmed = False
+    warmed = set()
     for pair in pairs:
         batch = dataset.arrays([pair])
         on_device = jax.device_put(batch)
-        if not warmed:
-            jax.block_until_ready(predict(params, on_device, grid_size))
-            warmed = True
+        size = grid_size(on_device) if callable(grid_size) else grid_size
+        if size not in warmed:
+            jax.block_until_ready(predict(params, on_device, size))
+            warmed.add(size)
         start = time.perf_counter()
-        result = jax.block_until_ready(predict(params, on_device, grid_size))
+        result = jax.block_until_ready(predict(params, on_device, size))
         seconds = time.perf_counter() - start
         arrays = {name: np.asarray(array[0]) for name, array in {**batch, **result}.items()}
         if "variance" in arrays:
             squared = arrays.pop("variance") * np.square(dataset.lattice.spacing, dtype=np.float32)
             arrays["sigma_mm"] = np.sqrt(squared.sum(-1))
         row = {side: dataset.sources[index].name for side, index in zip(("fixed", "moving"), pair, strict=True)}
+        if callable(grid_size):
+            row["grid_size"] = "x".join(map(str, size))
         row |= _measurements(arrays, dataset, pair, thorough)
         yield row | {"seconds": seconds}, arrays
+
+
+def coarsest_sufficient(
+    predict: Callable, params, grid_sizes: Iterable[int], similarity: Callable
+) -> Callable[[dict[str, jax.Array]], GridSize]:
+    """A function that chooses a case's grid: the coarsest that keeps `KEPT_GAIN` of the best gain in similarity.
+
+    Args:
+      grid_sizes: candidates, in control points an axis.
+      similarity: a loss of (fixed, warped), e.g. of `losses.SIMILARITIES`; a gain is how much a map lowers it.
+    """
+
+    def choose(batch):
+        before = similarity(batch["fixed"], batch["moving"])[0]
+        gains = {}
+        for size in sorted(grid_sizes):
+            warped = predict(params, batch, (size,) * 3)["warped"]
+            gains[size] = float(before - similarity(batch["fixed"], warped)[0])
+        best = max(gains.values())
+        return (min(size for size, gain in gains.items() if gain >= best - (1 - KEPT_GAIN) * abs(best)),) * 3
+
+    return choose
 
 
 def _measurements(
@@ -107,9 +149,9 @@ def _measurements(
     return row
 
 
-def summarise(rows: list[dict], grid_size: tuple[int, int, int]) -> dict:
+def summarise(rows: list[dict], grid_size: GridSize | None) -> dict:
     """`{"grid_size", "cases", "metrics": {name: {"before", "after", "after_sd"}}}`, means and standard deviations over
-    the cases where a measurement is defined."""
+    the cases where a measurement is defined; grid size None ("auto") where every case has its own."""
     found = {}
     for name in SUMMARISED:
         after = _values(rows, f"{name}_after")
@@ -123,7 +165,7 @@ def summarise(rows: list[dict], grid_size: tuple[int, int, int]) -> dict:
         if (values := _values(rows, name)).size:
             found[name] = _spread(values)
     found["seconds"] = {"after": float(np.median(_values(rows, "seconds")))}
-    return {"grid_size": list(grid_size), "cases": len(rows), "metrics": found}
+    return {"grid_size": list(grid_size) if grid_size else "auto", "cases": len(rows), "metrics": found}
 
 
 def score(summary: dict) -> float:

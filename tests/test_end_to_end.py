@@ -211,6 +211,21 @@ def test_eval_on_a_list_of_pairs_at_another_grid_size(trained, subjects_csv, tmp
     assert_pictures(tmp_path)
 
 
+def test_eval_with_a_grid_size_for_each_case(trained, tmp_path):
+    summary = evaluate(trained[0], grid_size="auto", out=tmp_path, notify=lambda line: None)
+    assert summary["grid_size"] == "auto"
+    assert {row["grid_size"] for row in cases(tmp_path)} <= {"4x4x4", "5x5x5"}
+
+
+def test_instance_optimisation_raises_the_similarity_of_every_case(trained, tmp_path):
+    plain, refined = (tmp_path / name for name in ("plain", "refined"))
+    for folder, steps in ((plain, 0), (refined, 20)):
+        summary = evaluate(trained[0], refine=steps, out=folder, notify=lambda line: None)
+        assert summary["refinement_steps"] == steps
+    for before, after in zip(cases(plain), cases(refined), strict=True):
+        assert float(after["mse_after"]) < float(before["mse_after"])
+
+
 def test_a_bayesian_run_writes_its_uncertainty(subjects_csv, tmp_path):
     changes = dict(model__bayesian=True, grid_sizes=(5,), steps=6, val_every=6)
     summary = run(tiny_config(subjects_csv, **changes), tmp_path)
@@ -307,6 +322,7 @@ BAD_VALUES = {
     "interpolator": (dict(model__interpolator="linear"), "unknown interpolation 'linear'"),
     "similarity": (dict(loss__similarity="mes"), "loss.similarity: 'mes' is not known"),
     "grid similarity": (dict(loss__grid_similarity="mes"), "loss.grid_similarity: 'mes' is not known"),
+    "refinement": (dict(refinement__steps=-1), "refinement.steps must be 0 or more, not -1"),
     "samples": (dict(loss__samples=0), "loss.samples must be 1 or more, not 0"),
     "optimizer": (dict(optimizer__name="adm"), "optimizer.name: 'adm' is not known"),
     "model": (dict(model__name="gridreq"), "unknown model 'gridreq'"),

@@ -94,13 +94,35 @@ def load_landmarks(path: str | Path) -> dict[int, Float[np.ndarray, "3"]]:
     return _landmarks_of_csv(path) if path.suffix.lower() == ".csv" else _landmarks_of_blobs(path)
 
 
-def save(path: str | Path, array: Shaped[np.ndarray, "X Y Z *rest"], affine: Num[np.ndarray, "4 4"]) -> None:
+def load_vectors(path: str | Path) -> tuple[Float[np.ndarray, "X Y Z 3"], Float[np.ndarray, "4 4"], int]:
+    """Vectors of a NIfTI file of shape (X, Y, Z, 1, 3), its affine (voxel -> RAS mm) and its intent code.
+
+    As they are in the file: neither axes nor components are reordered.
+
+    Raises:
+      InputError: there is no such file, it is damaged or not NIfTI, or of another shape.
+    """
+    path = existing_file(path)
+    try:
+        image = nib.load(path)
+        vectors, intent = image.get_fdata(), int(image.header["intent_code"])
+    except Exception as error:  # As in `_read`.
+        raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
+    if vectors.ndim != 5 or vectors.shape[3:] != (1, 3):
+        raise InputError(f"{path}: a field of vectors has the shape (X, Y, Z, 1, 3), not {vectors.shape}")
+    return vectors[:, :, :, 0], _check_affine(image.affine, path), intent
+
+
+def save(
+    path: str | Path, array: Shaped[np.ndarray, "X Y Z *rest"], affine: Num[np.ndarray, "4 4"], *, intent: int = 0
+) -> None:
     """Writes a NIfTI file (`.nii`, `.nii.gz`), whole or not at all; its folder is made when missing.
 
     Args:
       path: the file.
       array: floats are stored as float32, integers as they are (of 64 bits as int32), bool as uint8.
       affine: voxel -> RAS mm, stored as both sform and qform with code 1 (scanner).
+      intent: NIfTI's code of what the values mean, 0 for none.
 
     Raises:
       InputError: another suffix, integers that int32 cannot hold, or the file cannot be written.
@@ -112,6 +134,7 @@ def save(path: str | Path, array: Shaped[np.ndarray, "X Y Z *rest"], affine: Num
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
     image.header.set_xyzt_units("mm")
+    image.header.set_intent(intent)
     try:
         with replacing(path) as temporary:
             nib.save(image, temporary)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 
@@ -11,7 +12,8 @@ from gridreg_jax.data.pipeline import open_dataset, open_pairs
 from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation import plots, tables
 from gridreg_jax.files import replacing
-from gridreg_jax.measure import make_predict, measure, summarise
+from gridreg_jax.losses import SIMILARITIES
+from gridreg_jax.measure import coarsest_sufficient, make_predict, measure, summarise
 from gridreg_jax.training.checkpoint import Checkpoints
 from gridreg_jax.training.step import build_run
 from gridreg_jax.training.writers import read_metrics
@@ -21,7 +23,8 @@ def evaluate(
     workdir: str | Path,
     *,
     pairs: str = "",
-    grid_size: tuple[int, int, int] | None = None,
+    grid_size: tuple[int, int, int] | Literal["auto"] | None = None,
+    refine: int | None = None,
     out: str | Path | None = None,
     pictures: int = 3,
     notify: Callable[[str], None] = print,
@@ -34,7 +37,9 @@ def evaluate(
     Args:
       workdir: of a run of `train.py`.
       pairs: a list of pairs (CSV); empty: the run's own test pairs.
-      grid_size: None: the one that validation chose.
+      grid_size: None: the one that validation chose; "auto": for every case the coarsest of the run's sizes that is
+        about as good as the best, judged by the run's image similarity (`measure.coarsest_sufficient`).
+      refine: steps of instance optimisation after the network; None: as the run's config says (`refinement.steps`).
       out: folder for the results; None: `workdir/evaluation`.
       pictures: for how many cases pictures are drawn.
       notify: takes the terminal's lines.
@@ -70,17 +75,24 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
 
     rows = []
-    measured = measure(make_predict(model), state.params, dataset, dataset.pairs["test"], grid_size, thorough=True)
+    refinement = config["refinement"] | ({} if refine is None else {"steps": refine})
+    predict = make_predict(model, refinement=refinement)
+    choice = grid_size
+    if grid_size == "auto":
+        similarity = SIMILARITIES[config["loss"]["similarity"]]
+        choice, grid_size = coarsest_sufficient(predict, state.params, config["grid_sizes"], similarity), None
+    measured = measure(predict, state.params, dataset, dataset.pairs["test"], choice, thorough=True)
     for number, (row, arrays) in enumerate(measured):
         rows.append(row)
         if number < pictures:
-            title = f"{row['fixed']} and {row['moving']}, grid {'x'.join(map(str, grid_size))}"
+            size = row.get("grid_size") or "x".join(map(str, grid_size))
+            title = f"{row['fixed']} and {row['moving']}, grid {size}"
             plots.case_picture(out / f"case{number:02d}.png", arrays, dataset.lattice.spacing, title)
             if "sigma_mm" in arrays:
                 fixed = dataset.pairs["test"][number][0]
                 nifti.save(out / f"sigma{number:02d}.nii.gz", arrays["sigma_mm"], dataset.sources[fixed].load().affine)
     tables.write_cases(out / "cases.csv", rows)
-    summary = summarise(rows, grid_size)
+    summary = summarise(rows, grid_size) | {"refinement_steps": refinement["steps"]}
     with replacing(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1) + "\n")
     lines = read_metrics(workdir)

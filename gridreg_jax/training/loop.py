@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,7 +66,9 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
     with Checkpoints(workdir) as checkpoints, _stop_requested() as stopped:
         start, state, chosen = _initial_state(run, config, checkpoints)
         with MetricsWriter(workdir, start=start) as writer:
-            progress = tqdm(total=config["steps"], initial=start, unit="step", smoothing=0.05, dynamic_ncols=True)
+            # A terminal shows a moving bar; a log file takes a line now and then.
+            look = dict(unit="step", smoothing=0.05, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
+            progress = tqdm(total=config["steps"], initial=start, **look)
             stream = batches(
                 dataset, batch_size=config["batch_size"], seed=config["seed"], start=start, stop=config["steps"]
             )
@@ -119,6 +122,8 @@ def check_config(config: dict) -> None:
             raise InputError(f"loss.{name}: {config['loss'][name]!r} is not known; known are {known}")
     if config["loss"]["samples"] < 1:
         raise InputError(f"loss.samples must be 1 or more, not {config['loss']['samples']}")
+    if config["refinement"]["steps"] < 0:
+        raise InputError(f"refinement.steps must be 0 or more, not {config['refinement']['steps']}")
     for name in ("steps", "val_every", "checkpoint_every"):
         if config[name] < 1:
             raise InputError(f"{name} must be 1 or more, not {config[name]}")

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gridreg_jax.losses import SIMILARITIES, bending_energy, soft_dice
+from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map, soft_dice
 from gridreg_jax.models import Prediction
-from gridreg_jax.transforms import bspline
 from gridreg_jax.transforms.interpolation import control_positions, interpolate, interpolate_at_controls
 from gridreg_jax.transforms.warp import sample, warp
 
@@ -62,10 +61,7 @@ def objective(
             batch["fixed_labels"], batch["moving_labels"], prediction.displacement, num_labels=num_labels
         )
     if bending:
-        if interpolator == "bspline" and prediction.control_grid is not None:
-            terms["bending"] = bspline.bending_energy(prediction.control_grid, fixed.shape[1:4])
-        else:
-            terms["bending"] = bending_energy(prediction.displacement)
+        terms["bending"] = bending_energy_of_map(prediction.displacement, prediction.control_grid, interpolator)
     if prediction.log_variance is not None:
         terms["entropy"] = -0.5 * prediction.log_variance.mean((1, 2, 3, 4))
     weights = dict(image=image, grid=grid, dice=dice, bending=bending, entropy=entropy)

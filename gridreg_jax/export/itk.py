@@ -1,0 +1,389 @@
+"""Transforms and displacement fields as ITK stores them, for SimpleITK, ANTs, 3D Slicer and others that build on it.
+
+ITK's transforms take points of the fixed image to the moving image, as displacements do here, but in LPS mm: x and y
+have the opposite sign of RAS. A control grid is stored as it is, not as a dense field: in kilobytes, and to rounding.
+
+Of several transforms in a list, as in ITK's composite transform, the last is applied first: `y = A(x + u(x))` is stored
+as affine, then B-spline.
+
+Source: Insight Toolkit, itkBSplineTransform, itkMatrixOffsetTransformBase, itkDisplacementFieldTransform,
+itkCompositeTransform, and itkTxtTransformIO, itkMatlabTransformIO, itkHDF5TransformIO for the files.
+"""
+
+import dataclasses
+import itertools
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int, Num
+
+from gridreg_jax import geometry
+from gridreg_jax.data import nifti
+from gridreg_jax.errors import InputError
+from gridreg_jax.files import replacing
+from gridreg_jax.transforms.certificate import uniform_weights
+from gridreg_jax.transforms.interpolation import check_grid_size
+
+# From RAS to LPS and back.
+FLIP = np.array([-1.0, -1.0, 1.0])
+COMPOSITE, TFM_HEADER = "CompositeTransform_double_3_3", "#Insight Transform File V1.0"
+# NIfTI's intent codes: ITK stores LPS vectors under the first and reads the second as RAS.
+VECTOR, DISPVECT = 1007, 1006
+
+ControlGrid = Float[np.ndarray, "gx gy gz 3"] | Float[Array, "gx gy gz 3"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ItkTransform:
+    """One transform as ITK stores it.
+
+    Attributes:
+      type: ITK's name, such as "BSplineTransform_double_3_3".
+      parameters: LPS mm; their order depends on the type.
+      fixed_parameters: the centre of an affine; of a grid its size, origin, spacing (LPS mm) and direction, by rows.
+    """
+
+    type: str
+    parameters: Float64[np.ndarray, " P"]
+    fixed_parameters: Float64[np.ndarray, " F"]
+
+
+def bspline_transform(
+    control_grid: ControlGrid, shape: tuple[int, int, int], affine_fixed: Num[np.ndarray, "4 4"]
+) -> ItkTransform:
+    """The clamped cubic spline of a control grid as ITK's B-spline transform: the same map on the lattice.
+
+    ITK's spline has uniform knots and gives no displacement outside its own box. So the coefficients change basis,
+    and one ring of copies of the outermost ones is added: without it, rounding would leave voxels at the border
+    without displacement. The box reaches one cell beyond the corner voxels; farther out there is no displacement.
+
+    Args:
+      control_grid: displacements in voxels, at least 4 control points an axis.
+      shape: (X, Y, Z), the fixed lattice.
+      affine_fixed: voxels of the fixed lattice -> RAS mm.
+
+    Raises:
+      InputError: too few control points, an axis of a single voxel, or an affine that cannot be inverted.
+    """
+    check_grid_size(control_grid.shape[:3], "bspline")
+    coefficients = np.asarray(control_grid, np.float64)
+    for g in control_grid.shape[:3]:
+        # Each product moves the axis it is for to the end: after three, the components come first.
+        coefficients = np.tensordot(coefficients, uniform_weights(g), (0, 1))
+    coefficients = np.pad(np.moveaxis(coefficients, 0, -1), [(1, 1)] * 3 + [(0, 0)], mode="edge")
+    # The first uniform B-spline is centred a cell outside the lattice, and the ring two cells.
+    grid_affine = _grid_affine(shape, [g - 3 for g in control_grid.shape[:3]], affine_fixed, start=-2)
+    values = coefficients @ affine_fixed[:3, :3].T * FLIP
+    return ItkTransform(
+        "BSplineTransform_double_3_3", values.ravel(order="F"), _geometry(values.shape[:3], grid_affine)
+    )
+
+
+def displacement_field(
+    control_grid: ControlGrid, shape: tuple[int, int, int], affine_fixed: Num[np.ndarray, "4 4"]
+) -> ItkTransform:
+    """The trilinear map of a control grid as a coarse displacement field with a voxel for each control point.
+
+    Exact: ITK interpolates fields linearly. Half a cell beyond the corner voxels the displacement ends. (ITK has
+    linear B-spline transforms too, but ANTs does not read them.) Arguments and errors as for `bspline_transform`,
+    with at least 2 control points an axis.
+    """
+    check_grid_size(control_grid.shape[:3], "trilinear")
+    grid_affine = _grid_affine(shape, [g - 1 for g in control_grid.shape[:3]], affine_fixed, start=0)
+    values = np.asarray(control_grid, np.float64) @ affine_fixed[:3, :3].T * FLIP
+    parameters = np.moveaxis(values, -1, 0).ravel(order="F")
+    return ItkTransform("DisplacementFieldTransform_double_3_3", parameters, _geometry(values.shape[:3], grid_affine))
+
+
+def affine_transform(matrix: Num[np.ndarray, "4 4"]) -> ItkTransform:
+    """An affine map as ITK's affine transform.
+
+    Args:
+      matrix: RAS mm of the fixed image -> RAS mm of the moving image.
+    """
+    linear = FLIP[:, None] * matrix[:3, :3] * FLIP
+    return ItkTransform("AffineTransform_double_3_3", np.r_[linear.ravel(), FLIP * matrix[:3, 3]], np.zeros(3))
+
+
+def apply(transforms: Sequence[ItkTransform], points_mm: Float[np.ndarray, "P 3"]) -> Float64[np.ndarray, "P 3"]:
+    """Where ITK takes points of the fixed image: RAS mm -> RAS mm. The last transform is applied first.
+
+    Raises:
+      InputError: a type other than affine, cubic B-spline and displacement field in three dimensions, or numbers of
+        parameters that do not fit it.
+    """
+    points = points_mm * FLIP
+    for transform in reversed(transforms):
+        kind = transform.type.replace("_float_", "_double_").removesuffix("_double_3_3")
+        if kind not in _MAPS:
+            raise InputError(f"{transform.type} is not understood: the known ones are {', '.join(_MAPS)}, in 3-D")
+        points = _MAPS[kind](transform, points)
+    return points * FLIP
+
+
+def write_tfm(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
+    """Writes ITK's text format (`.tfm`, `.txt`), whole or not at all; all digits, so that reading gives equal numbers.
+
+    Raises:
+      InputError: another suffix, no transform, or the file cannot be written.
+    """
+    lines = [TFM_HEADER]
+    for number, transform in enumerate(_with_composite(transforms)):
+        lines += [f"#Transform {number}", f"Transform: {transform.type}"]
+        if transform.type != COMPOSITE:
+            lines.append("Parameters: " + " ".join(map(repr, transform.parameters.tolist())))
+            lines.append("FixedParameters: " + " ".join(map(repr, transform.fixed_parameters.tolist())))
+    path = _checked(path, ".tfm", ".txt")
+    _store(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+
+
+def write_mat(path: str | Path, transform: ItkTransform) -> None:
+    """Writes one transform as MATLAB 4 file (`.mat`), the format of ANTs' affines; a B-spline takes half of `.tfm`.
+
+    Raises:
+      InputError: another suffix, or the file cannot be written.
+    """
+    content = b""
+    for name, values in ((transform.type, transform.parameters), ("fixed", transform.fixed_parameters)):
+        # Type 0 is little-endian double; then rows, columns, no imaginary part, length of the name.
+        content += struct.pack("<5i", 0, len(values), 1, 0, len(name) + 1) + name.encode() + b"\0"
+        content += values.astype("<f8").tobytes()
+    path = _checked(path, ".mat")
+    _store(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_h5(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
+    """Writes ITK's HDF5 format (`.h5`, `.hdf5`), whole or not at all.
+
+    Raises:
+      InputError: h5py is missing, another suffix, no transform, or the file cannot be written.
+    """
+    h5py = _h5py()
+
+    def write(temporary):
+        with h5py.File(temporary, "w") as file:
+            for number, transform in enumerate(_with_composite(transforms)):
+                group = file.create_group(f"TransformGroup/{number}")
+                # ITK reads strings of variable length in ASCII only.
+                group.create_dataset("TransformType", data=[transform.type], dtype=h5py.string_dtype("ascii"))
+                if transform.type != COMPOSITE:
+                    group["TransformParameters"] = transform.parameters
+                    group["TransformFixedParameters"] = transform.fixed_parameters
+
+    _store(_checked(path, ".h5", ".hdf5"), write)
+
+
+def read_tfm(path: str | Path) -> list[ItkTransform]:
+    """The transforms of a text file of ITK's, in stored order; those of a composite without its own entry.
+
+    Raises:
+      InputError: there is no such file, or it is no such file.
+    """
+    path = nifti.existing_file(path)
+    records = []
+    try:
+        first, *lines = path.read_text().splitlines()
+        if not first.startswith("#Insight Transform File"):
+            raise ValueError(f"the first line is not {TFM_HEADER!r}")
+        for line in lines:
+            key, _, value = line.partition(":")
+            if key == "Transform":
+                records.append({"type": value.strip()})
+            elif key in ("Parameters", "FixedParameters"):
+                records[-1][key] = np.array(value.split(), np.float64)
+        return [
+            ItkTransform(record["type"], record["Parameters"], record["FixedParameters"])
+            for record in records
+            if not record["type"].startswith("CompositeTransform")
+        ]
+    except (ValueError, LookupError) as error:
+        raise InputError(f"{path}: is no text file of ITK transforms, or damaged ({error})") from error
+
+
+def read_mat(path: str | Path) -> list[ItkTransform]:
+    """The transform of a MATLAB 4 file of ITK's or ANTs', in a list as for the other formats. Errors as `read_tfm`."""
+    path = nifti.existing_file(path)
+    content, arrays, start = path.read_bytes(), [], 0
+    try:
+        while start < len(content):
+            kind, rows, columns, _, length = struct.unpack_from("<5i", content, start)
+            dtype = np.dtype({0: "<f8", 10: "<f4"}[kind])
+            name = content[start + 20 : start + 20 + length].rstrip(b"\0").decode("ascii")
+            start += 20 + length
+            arrays.append((name, np.frombuffer(content, dtype, rows * columns, start).astype(np.float64)))
+            start += rows * columns * dtype.itemsize
+        (kind, parameters), (_, fixed_parameters) = arrays
+    except (ValueError, LookupError, struct.error) as error:
+        raise InputError(f"{path}: is no MATLAB 4 file of an ITK transform, or damaged ({error})") from error
+    return [ItkTransform(kind, parameters, fixed_parameters)]
+
+
+def read_h5(path: str | Path) -> list[ItkTransform]:
+    """The transforms of an HDF5 file of ITK's; needs h5py. Otherwise as `read_tfm`."""
+    h5py, path = _h5py(), nifti.existing_file(path)
+    transforms = []
+    try:
+        with h5py.File(path) as file:
+            groups = file["TransformGroup"]
+            for number in sorted(groups, key=int):
+                kind = groups[number]["TransformType"].asstr()[0]
+                if not kind.startswith("CompositeTransform"):
+                    names = ("TransformParameters", "TransformFixedParameters")
+                    values = [groups[number][name][:].astype(np.float64) for name in names]
+                    transforms.append(ItkTransform(kind, *values))
+    except (OSError, LookupError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: is no HDF5 file of ITK transforms, or damaged ({error})") from error
+    return transforms
+
+
+def save_displacement(
+    path: str | Path, displacement_mm: Float[np.ndarray, "X Y Z 3"], affine: Num[np.ndarray, "4 4"]
+) -> None:
+    """Writes a dense displacement as NIfTI (`.nii`, `.nii.gz`) that ITK and ANTs take for a vector image.
+
+    Stored as float32 LPS mm of shape (X, Y, Z, 1, 3) with intent 1007; whole or not at all.
+
+    Args:
+      path: the file.
+      displacement_mm: RAS mm, that is `affine[:3, :3]` times the displacement in voxels.
+      affine: voxel -> RAS mm.
+
+    Raises:
+      InputError: another suffix, or the file cannot be written.
+    """
+    nifti.save(path, (displacement_mm * FLIP)[:, :, :, None], affine, intent=VECTOR)
+
+
+def load_displacement(path: str | Path) -> tuple[Float64[np.ndarray, "X Y Z 3"], Float64[np.ndarray, "4 4"]]:
+    """Displacement (RAS mm) and affine (voxel -> RAS mm) of a NIfTI file, in the order in which the file has its axes.
+
+    Intent 1007 is taken for LPS vectors, which are ITK's, 1006 for RAS ones; ITK 5.4 and later do so too.
+
+    Raises:
+      InputError: there is no such file, it is not NIfTI or damaged, or not a field of the shape (X, Y, Z, 1, 3) with
+        one of the two intents.
+    """
+    vectors, affine, intent = nifti.load_vectors(path)
+    if intent not in (VECTOR, DISPVECT):
+        raise InputError(f"{path}: a displacement has the intent 1007 (LPS) or 1006 (RAS), not {intent}")
+    return vectors * (FLIP if intent == VECTOR else 1.0), affine
+
+
+def _grid_affine(shape, cells: Sequence[int], affine_fixed, *, start: int) -> Float64[np.ndarray, "4 4"]:
+    """From cells, counted so that the lattice begins at `-start`, to RAS mm."""
+    if min(shape) < 2:
+        raise InputError(f"a control grid needs at least 2 voxels an axis, not {shape}")
+    if not (np.isfinite(affine_fixed).all() and np.linalg.det(affine_fixed[:3, :3])):
+        raise InputError(f"the affine of the fixed image cannot be inverted: {affine_fixed[:3].tolist()}")
+    cell = (np.array(shape) - 1) / cells
+    grid_affine = np.diag([*cell, 1.0])
+    grid_affine[:3, 3] = start * cell
+    return affine_fixed @ grid_affine
+
+
+def _geometry(size: Sequence[int], grid_affine: Float64[np.ndarray, "4 4"]) -> Float64[np.ndarray, "18"]:
+    """ITK's fixed parameters of a grid: size, origin, spacing, direction."""
+    spacing = geometry.spacing(grid_affine)
+    direction = FLIP[:, None] * grid_affine[:3, :3] / spacing
+    return np.concatenate([size, FLIP * grid_affine[:3, 3], spacing, direction.ravel()])
+
+
+def _affine_map(transform: ItkTransform, points: Float64[np.ndarray, "P 3"]) -> Float64[np.ndarray, "P 3"]:
+    if transform.parameters.shape != (12,) or transform.fixed_parameters.shape != (3,):
+        raise InputError(f"{transform.type} has 12 parameters and 3 fixed ones, not {_counts(transform)}")
+    center = transform.fixed_parameters
+    return (points - center) @ transform.parameters[:9].reshape(3, 3).T + center + transform.parameters[9:]
+
+
+def _bspline_map(transform: ItkTransform, points: Float64[np.ndarray, "P 3"]) -> Float64[np.ndarray, "P 3"]:
+    index, size = _index(transform, points, least=4)
+    values = transform.parameters.reshape(*size, 3, order="F")
+    # A cell needs two coefficients on either side.
+    inside = ((index >= 1) & (index <= size - 2)).all(axis=1)
+    cell = np.clip(np.floor(index), 1, size - 3)
+    t = index - cell
+    weights = [(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3]
+    displacement = _weighted(values, cell.astype(int) - 1, np.stack(weights) / 6)
+    return points + np.where(inside[:, None], displacement, 0)
+
+
+def _field_map(transform: ItkTransform, points: Float64[np.ndarray, "P 3"]) -> Float64[np.ndarray, "P 3"]:
+    index, size = _index(transform, points, least=1)
+    values = np.moveaxis(transform.parameters.reshape(3, *size, order="F"), 0, -1)
+    # Voxels reach half a voxel beyond their centres.
+    inside = ((index >= -0.5) & (index < size - 0.5)).all(axis=1)
+    index = np.clip(index, 0, size - 1)
+    cell = np.clip(np.floor(index), 0, np.maximum(size - 2, 0))
+    t = index - cell
+    # An axis of a single voxel has no second one: its weight there is 0.
+    displacement = _weighted(np.pad(values, [(0, 1)] * 3 + [(0, 0)]), cell.astype(int), np.stack([1 - t, t]))
+    return points + np.where(inside[:, None], displacement, 0)
+
+
+_MAPS = {
+    "AffineTransform": _affine_map,
+    "MatrixOffsetTransformBase": _affine_map,
+    "BSplineTransform": _bspline_map,
+    "DisplacementFieldTransform": _field_map,
+}
+
+
+def _index(transform: ItkTransform, points: Float64[np.ndarray, "P 3"], *, least: int):
+    """Continuous index of points in the grid of a transform, and the grid's size."""
+    fixed = transform.fixed_parameters
+    if fixed.shape != (18,) or min(fixed[:3]) < least or transform.parameters.size != 3 * math.prod(fixed[:3]):
+        raise InputError(
+            f"{transform.type} has 18 fixed parameters, the first three a size of at least {least} an axis, and "
+            f"3 parameters a grid point, not {_counts(transform)}"
+        )
+    size, origin, spacing, direction = fixed[:3].astype(int), fixed[3:6], fixed[6:9], fixed[9:].reshape(3, 3)
+    return (points - origin) @ np.linalg.inv(direction).T / spacing, size
+
+
+def _weighted(
+    values: Float64[np.ndarray, "nx ny nz 3"], first: Int[np.ndarray, "P 3"], weights: Float64[np.ndarray, "n P 3"]
+) -> Float64[np.ndarray, "P 3"]:
+    """Sum over the n x n x n values from `first` on, each with the product of the weights of its axes."""
+    total = np.zeros(first.shape)
+    for offset in itertools.product(range(len(weights)), repeat=3):
+        i, j, k = (first + offset).T
+        weight = weights[offset[0], :, 0] * weights[offset[1], :, 1] * weights[offset[2], :, 2]
+        total += weight[:, None] * values[i, j, k]
+    return total
+
+
+def _counts(transform: ItkTransform) -> str:
+    return f"{transform.parameters.size} and {transform.fixed_parameters.size} fixed ones"
+
+
+def _with_composite(transforms: Sequence[ItkTransform]) -> list[ItkTransform]:
+    """What a file lists: several transforms are those of a composite, whose own entry comes first."""
+    if not transforms:
+        raise InputError("there is no transform to write")
+    head = [ItkTransform(COMPOSITE, np.zeros(0), np.zeros(0))] if len(transforms) > 1 else []
+    return [*head, *transforms]
+
+
+def _checked(path: str | Path, *suffixes: str) -> Path:
+    if not str(path).endswith(suffixes):
+        raise InputError(f"{path}: the name must end in {' or '.join(suffixes)}")
+    return Path(path)
+
+
+def _store(path: Path, write) -> None:
+    try:
+        with replacing(path) as temporary:
+            write(temporary)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _h5py():
+    try:
+        import h5py
+    except ImportError as error:
+        raise InputError(".h5 files need h5py: pip install 'gridreg_jax[h5]', or use .tfm") from error
+    return h5py

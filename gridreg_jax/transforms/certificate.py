@@ -1,0 +1,276 @@
+"""Proof that the continuous map `x -> x + u(x)` of a control grid is invertible, or the cells where it is not proven.
+
+Determinants at voxels say nothing about what lies between them. Here u is a polynomial on each knot cell, and three
+tests hold at every point of the domain, the box between the centres of the corner voxels. Each yields a positive lower
+bound of the Jacobian determinant; lengths are counted in cells, component c in cells of axis c.
+
+Size. Written in uniform cubic B-splines (`uniform_weights`), every component of every coefficient is below `1 / K`,
+0.4033 of a cell (Choi and Lee, Graphical Models 62, 2000). K is the largest sum of `|dB/dv|` over the basis functions B
+for directions v in the cube of half side 1, so u is a contraction in the maximum norm: the map is one-to-one on the
+box, and its determinant is at least the cube of 1 minus the contraction's factor.
+
+Dominance. At every point each diagonal entry of the Jacobian matrix exceeds the sum of the absolute values of its row's
+other entries; u need not be a contraction, but every contraction in the maximum norm passes. If two points had one
+image, then in the row of the component in which they differ most, the mean of the matrix along the segment between them
+could not be dominant: the map is one-to-one on the box. The determinant is at least the product of the excesses
+(Ostrowski, Comment. Math. Helv. 10, 1937).
+
+Bernstein. On a cell the determinant is a polynomial of degree 8 an axis for the cubic spline, 2 for the trilinear grid,
+and lies above its smallest Bernstein coefficient (Farouki, Computer Aided Geometric Design 29, 2012). Cells whose bound
+is not positive are halved along each axis a few times. This is the sharpest of the three, but proves only that the map
+is locally one-to-one (inverse function theorem; where trilinear cells meet, because no more than four share an edge:
+Kuntz and Scholtes, J. Math. Anal. Appl. 188, 1994). It is one-to-one on the whole box if it is also one-to-one on the
+box's surface (Meisters and Olech, Duke Math. J. 30, 1963), which is not tested.
+
+For the cubic spline there is evidence, but no proof, that coefficients shorter than 2/3 of a cell (Euclidean length)
+are enough too: in numerical searches the largest sum of `|dB/dv|` over unit vectors v was 3/2. It is reported and
+proves nothing by itself.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int
+
+from gridreg_jax.errors import InputError
+from gridreg_jax.transforms.interpolation import bspline_weights, check_grid_size, control_positions
+
+# Choi and Lee's constant in three dimensions, 2.479472335, rounded up.
+CHOI_LEE = 2.4795
+DEGREES = {"bspline": 3, "trilinear": 1}
+SUBDIVISIONS = 3
+# Cells at a time: few enough that 729 coefficients of nine derivatives stay in the cache.
+CHUNK = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Certificate:
+    """What `certify` has proven about a map; `str` gives it as one line.
+
+    Attributes:
+      invertible: the map is locally one-to-one at every point of its domain: `lower_bound` is positive.
+      one_to_one: it is one-to-one on the domain as a whole.
+      lower_bound: no Jacobian determinant is below this.
+      tests: those passed everywhere, of "size", "dominance", "Bernstein" and, no proof, "Euclidean size".
+      cells: (i, j, k) of the knot cells where nothing is proven, the lowest bound first.
+      cell_counts: cells an axis.
+      folds: a point with a determinant that is not positive was found: the map is not invertible.
+    """
+
+    invertible: bool
+    one_to_one: bool
+    lower_bound: float
+    tests: tuple[str, ...]
+    cells: Int[np.ndarray, "K 3"]
+    cell_counts: tuple[int, int, int]
+    folds: bool
+
+    def __str__(self) -> str:
+        # Rounded down, so that what is printed is proven too.
+        bound = math.floor(1000 * self.lower_bound) / 1000
+        if self.invertible:
+            bound = bound or self.lower_bound
+            return (
+                f"{'' if self.one_to_one else 'locally '}invertible everywhere: Jacobian determinant at least {bound:g}"
+            )
+        where = f"{len(self.cells)} of {math.prod(self.cell_counts)} cells, e.g. cell {tuple(self.cells[0].tolist())}"
+        return f"{'folds; ' if self.folds else ''}not proven in {where}: determinant may reach {bound:g}"
+
+
+def certify(
+    control_grid: Float[np.ndarray, "gx gy gz 3"] | Float[Array, "gx gy gz 3"],
+    shape: tuple[int, int, int],
+    *,
+    method: str = "bspline",
+) -> Certificate:
+    """Lower bound of the Jacobian determinant of `x -> x + u(x)` over the continuous domain, and what follows from it.
+
+    The module's text says what is proven, and by whom. Bounds are in float64, less a margin for its rounding: 6e-7 for
+    the cubic spline and 3e-12 for the trilinear grid where u is small, growing with the cube of its derivatives. An
+    affine map A applied after this one changes nothing but the determinant, by the factor det A.
+
+    Args:
+      control_grid: displacements in voxels.
+      shape: (X, Y, Z), the lattice that the control grid spans.
+      method: "bspline" or "trilinear".
+
+    Raises:
+      InputError: another method, too few control points, an axis of a single voxel, another shape of the control grid,
+        or values that are not finite.
+    """
+    if method not in DEGREES:
+        raise InputError(f"certify knows {' and '.join(DEGREES)}, not {method!r}")
+    if control_grid.ndim != 4 or control_grid.shape[3] != 3:
+        raise InputError(f"certify needs one control grid of shape (gx, gy, gz, 3), not {control_grid.shape}")
+    check_grid_size(control_grid.shape[:3], method)
+    if min(shape) < 2:
+        raise InputError(f"derivatives need at least 2 voxels an axis, not {shape}")
+    control_grid = np.asarray(control_grid, np.float64)
+    if not np.isfinite(control_grid).all():
+        raise InputError("certify: the control grid has values that are not finite")
+    degree = DEGREES[method]
+    cell_counts = tuple(g - degree for g in control_grid.shape[:3])
+    control_grid = control_grid * (np.array(cell_counts) / (np.array(shape) - 1))  # in cells
+
+    count = math.prod(cell_counts)
+    bernstein, dominance, folds = np.empty(count), np.empty(count), np.empty(count, bool)
+    for start in range(0, count, CHUNK):
+        chunk = slice(start, min(start + CHUNK, count))
+        cells = np.unravel_index(np.arange(chunk.start, chunk.stop), cell_counts)
+        bernstein[chunk], dominance[chunk], folds[chunk] = _bounds(control_grid, cells, degree)
+
+    size, euclidean = _size(control_grid) if method == "bspline" else (-np.inf, False)
+    bounds = np.maximum(np.maximum(bernstein, dominance), size)
+    failed = np.flatnonzero(bounds <= 0)
+    failed = failed[np.argsort(bounds[failed], kind="stable")]
+    passed = {
+        "size": size > 0,
+        "dominance": dominance.min() > 0,
+        "Bernstein": bernstein.min() > 0,
+        "Euclidean size": euclidean,
+    }
+    return Certificate(
+        invertible=len(failed) == 0,
+        one_to_one=bool(passed["size"] or passed["dominance"]),
+        lower_bound=float(bounds.min()),
+        tests=tuple(name for name, holds in passed.items() if holds),
+        cells=np.stack(np.unravel_index(failed, cell_counts), axis=1),
+        cell_counts=cell_counts,
+        folds=bool(folds.any()),
+    )
+
+
+@functools.lru_cache
+def uniform_weights(grid_size: int) -> Float64[np.ndarray, "g g"]:
+    """Matrix from the clamped cubic spline's coefficients along an axis to those of uniform cubic B-splines.
+
+    Both describe the same spline on positions 0 to 1. Uniform B-spline i is centred at cell boundary i - 1, so that the
+    first and the last one are centred a cell outside. Exact: the knots inside are the same, hence so are the splines.
+
+    Raises:
+      InputError: fewer than 4 coefficients.
+    """
+    positions = control_positions("bspline", grid_size)
+    distance = np.abs(positions[:, None] * (grid_size - 3) - (np.arange(grid_size) - 1))
+    uniform = np.maximum(0, 2 - distance) ** 3 / 6 - np.maximum(0, 1 - distance) ** 3 * 2 / 3
+    weights = np.linalg.solve(uniform, bspline_weights(grid_size, positions))
+    weights.setflags(write=False)
+    return weights
+
+
+def _size(control_grid: Float64[np.ndarray, "gx gy gz 3"]) -> tuple[float, bool]:
+    """The bound that follows from the size of the uniform coefficients (else -inf), and whether they pass 2/3."""
+    coefficients = control_grid[None]
+    for g in control_grid.shape[:3]:
+        coefficients = np.tensordot(coefficients, uniform_weights(g), (1, 1))
+    # Components are on axis 1 now. What is added is more than the rounding of the change of basis.
+    factor = CHOI_LEE * np.abs(coefficients).max() * (1 + 1e-9)
+    bound = (1 - factor) ** 3 if factor < 1 else -np.inf
+    return bound, bool(np.linalg.norm(coefficients, axis=1).max() < 2 / 3)
+
+
+def _bounds(control_grid: Float64[np.ndarray, "gx gy gz 3"], cells: Sequence[np.ndarray], degree: int):
+    """Bounds of each cell's determinant by Bernstein and by dominance (else -inf), and whether it surely folds."""
+    count = len(cells[0])
+    windows = np.lib.stride_tricks.sliding_window_view(control_grid, (degree + 1,) * 3, axis=(0, 1, 2))[cells]
+    windows = windows - windows[..., :1, :1, :1]  # A translation costs no digits.
+    variation = np.abs(windows).max(axis=(1, 2, 3, 4))
+    for axis, cell in enumerate(cells):
+        matrices = _extraction(control_grid.shape[axis], degree)[cell]
+        windows = np.einsum("nai,ncijk->ncjka", matrices, windows)
+
+    # jacobian[axis] holds a column of the matrix at the nodes: [component, cell, node, node, node].
+    components = np.moveaxis(windows, 1, 0).reshape(3 * count, *(degree + 1,) * 3)
+    jacobian, reach = [], np.empty((3, 3, count))
+    excess = np.ones((3, count))
+    _, inverse = _basis(3 * degree - 1)
+    for axis in range(3):
+        slopes = degree * np.diff(components, axis=axis + 1)
+        entries = slopes.reshape(3, count, -1)
+        reach[:, axis] = np.abs(entries).max(axis=2)
+        excess -= np.where(np.arange(3)[:, None] == axis, -entries.min(axis=2), reach[:, axis])
+        degrees = [degree - (other == axis) for other in range(3)]
+        column = _contract(slopes, [_values(d, 3 * degree - 1) for d in degrees])
+        jacobian.append(column.reshape(3, count, *column.shape[1:]))
+        jacobian[axis][axis] += 1
+    (xx, yx, zx), (xy, yy, zy), (xz, yz, zz) = jacobian
+    determinant = xx * (yy * zz - yz * zy) - xy * (yx * zz - yz * zx) + xz * (yx * zy - yy * zx)
+    determinant = _contract(determinant, [inverse] * 3)
+
+    # With rows of absolute sum r, no sum of products of three entries exceeds r^3. The entries at the nodes, their
+    # products and the three matrix products err by less than 200 unit roundings of that, times what the inverse can
+    # make of an error; extraction errs relative to the variation, and is multiplied by less.
+    rows = 1 + reach.sum(axis=1).max(axis=0)
+    amplification = np.abs(inverse).sum(axis=1).max() ** 3
+    margin = 200 * np.finfo(float).eps * amplification * rows**2 * (rows + variation)
+    bernstein, folds = _subdivide(determinant, margin)
+    excess -= margin
+    return bernstein, np.where(excess.min(axis=0) > 0, excess.prod(axis=0), -np.inf), folds
+
+
+def _subdivide(boxes: Float64[np.ndarray, "K n n n"], margin: Float64[np.ndarray, " K"]):
+    """Lower bounds of polynomials given by Bernstein coefficients, and whether a value is surely not positive."""
+    lowest, owners = np.full(len(margin), np.inf), np.arange(len(margin))
+    hopeless, folds = np.zeros((2, len(margin)), bool)
+    left = _left_half(boxes.shape[1] - 1)
+    halves = np.stack([left, left[::-1, ::-1]])
+    for depth in range(SUBDIVISIONS + 1):
+        bounds = boxes.min(axis=(1, 2, 3)) - margin[owners]
+        # The coefficients at a box's corners are values of the polynomial: no subdivision lifts the bound above them.
+        corners = boxes[:, :: len(left) - 1, :: len(left) - 1, :: len(left) - 1].min(axis=(1, 2, 3))
+        hopeless[owners[corners <= margin[owners]]] = True
+        folds[owners[corners <= -margin[owners]]] = True
+        final = (bounds > 0) | hopeless[owners] | (depth == SUBDIVISIONS)
+        np.minimum.at(lowest, owners[final], bounds[final])
+        boxes, owners = boxes[~final], np.repeat(owners[~final], 8)
+        for _ in range(3):
+            # The axis moves to the end, and its halves to the front: eight boxes where there was one.
+            boxes = np.moveaxis(np.tensordot(boxes, halves, (1, 2)), 3, 1)
+            boxes = boxes.reshape(-1, *boxes.shape[2:])
+    return lowest, folds
+
+
+def _contract(values: Float64[np.ndarray, "K _ _ _"], matrices: Sequence[np.ndarray]) -> Float64[np.ndarray, "K _ _ _"]:
+    """One matrix an axis, applied to axes 1, 2, 3: each product moves the axis it is for to the end."""
+    for matrix in matrices:
+        values = np.tensordot(values, matrix, (1, 1))
+    return values
+
+
+@functools.lru_cache
+def _basis(degree: int) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, "n n"]]:
+    """Chebyshev nodes in (0, 1), and the matrix from values of a polynomial there to its Bernstein coefficients."""
+    nodes = (1 - np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))) / 2
+    return nodes, np.linalg.inv(_bernstein(degree, nodes))
+
+
+def _bernstein(degree: int, positions: Float64[np.ndarray, " P"]) -> Float64[np.ndarray, "P n"]:
+    k = np.arange(degree + 1)
+    binomials = [math.comb(degree, i) for i in k]
+    return binomials * positions[:, None] ** k * (1 - positions[:, None]) ** (degree - k)
+
+
+@functools.lru_cache
+def _values(degree: int, node_degree: int) -> Float64[np.ndarray, "P n"]:
+    """From Bernstein coefficients of a degree to values at the nodes of another."""
+    return _bernstein(degree, _basis(node_degree)[0])
+
+
+@functools.lru_cache
+def _left_half(degree: int) -> Float64[np.ndarray, "n n"]:
+    """From Bernstein coefficients on [0, 1] to those on [0, 1/2] (de Casteljau)."""
+    return np.array([[math.comb(row, k) / 2**row for k in range(degree + 1)] for row in range(degree + 1)])
+
+
+@functools.lru_cache
+def _extraction(grid_size: int, degree: int) -> Float64[np.ndarray, "cells n n"]:
+    """From the control values around each cell of an axis to Bernstein coefficients on it."""
+    cells = np.arange(grid_size - degree)
+    if degree == 1:
+        return np.broadcast_to(np.eye(2), (len(cells), 2, 2))
+    nodes, inverse = _basis(degree)
+    weights = [bspline_weights(grid_size, (cell + nodes) / len(cells))[:, cell : cell + degree + 1] for cell in cells]
+    return inverse @ np.stack(weights)
