@@ -1,4 +1,4 @@
-"""What `train.py` and `eval.py` share: set-up of the process, and one line instead of a traceback for user mistakes."""
+"""What the programs share: set-up of the process, and one line instead of a traceback for user mistakes."""
 
 import os
 import sys
@@ -14,14 +14,14 @@ def main(function: Callable) -> None:
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
-            _fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
+            fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
         logging.set_verbosity(logging.WARNING)
-        _use_compilation_cache()
+        use_compilation_cache()
         try:
             function(argv)
         except (InputError, FloatingPointError, OSError) as error:
             # OSError: a config that is not there (found when it is used), a folder that cannot be written, a full disk.
-            _fail(error)
+            fail(error)
 
     app.run(guarded, flags_parser=_parse_flags)
 
@@ -32,17 +32,18 @@ def _parse_flags(argv: list[str]) -> list[str]:
     # A config file is read, and its values are replaced, while flags are parsed.
     except (AttributeError, KeyError) as error:
         text = str(error.args[0] if error.args else error).replace('"', "")  # quoted once or twice
-        _fail(f"the config has no such option: {text}")
+        fail(f"the config has no such option: {text}")
     except (flags.Error, TypeError, ValueError, OSError) as error:
-        _fail(error)
+        fail(error)
 
 
-def _fail(message: object) -> None:
+def fail(message: object) -> None:
+    """One line on standard error, and exit status 2."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def _use_compilation_cache() -> None:
+def use_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
     import jax
 
@@ -50,3 +51,6 @@ def _use_compilation_cache() -> None:
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        # A registration has many small programs: each is read faster than it is compiled.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,29 +1,38 @@
 """Instance optimisation: gradient steps that fit the control grid of a pair to its own two images, without labels."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
-from gridreg_jax.losses import bending_energy_of_map, lncc
+from gridreg_jax.errors import InputError
+from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map
+from gridreg_jax.transforms.bspline import jacobian_determinant_on_lattice
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import warp
 
 # Voxels an axis of the box in which intensities are correlated: small, so that thin structures count.
 WINDOW = 5
+# Jacobian determinants below this are penalised: above 0, since between the voxels they are lower still.
+MARGIN = 0.25
 
 
-def refine(
+def refine_recorded(
     control_grid: Float[Array, "N gx gy gz 3"],
     fixed: Float[Array, "N X Y Z 1"],
     moving: Float[Array, "N x y z 1"],
     *,
     steps: int,
-    bending: float,
-    learning_rate: float,
+    bending: float | Float[Array, ""],
+    learning_rate: float | Float[Array, ""],
     interpolator: str,
-) -> Float[Array, "N gx gy gz 3"]:
-    """Lower `lncc(fixed, warped) + bending * bending energy` by Adam, from a control grid that is good already.
+    similarity: str = "lncc",
+    mask: Shaped[Array, "N X Y Z"] | None = None,
+    folding: float | Float[Array, ""] | None = None,
+) -> tuple[Float[Array, "N gx gy gz 3"], Float[Array, "steps N"]]:
+    """Lower `similarity(fixed, warped) + bending * bending energy` by Adam, from a control grid that is good already.
 
     A network gives every pair the map that is right on average; what it leaves, a fraction of a voxel here and there,
     the pair's own local correlation shows. Pairs of a batch do not influence each other.
@@ -34,25 +43,67 @@ def refine(
       bending: weight of the bending energy (per squared voxel).
       learning_rate: largest change of a control point in the first step, voxels.
       interpolator: of the control grid.
+      similarity: a name in `losses.SIMILARITIES`; "lncc" with windows of `WINDOW` voxels.
+      mask: weight of each voxel in the similarity.
+      folding: weight of the mean square by which Jacobian determinants at the voxels fall short of `MARGIN`; None for
+        no such term. For the cubic spline only.
+
+    Returns:
+      The control grid, and the similarity before each step.
+
+    Raises:
+      InputError: `folding` with another interpolator.
 
     Source: instance-specific optimisation, Balakrishnan et al., IEEE Trans. Med. Imaging 2019.
     """
-    if steps == 0:
-        return control_grid
+    if folding is not None and interpolator != "bspline":
+        raise InputError(f"the penalty on folding needs the cubic spline, not {interpolator!r}")
     shape = fixed.shape[1:4]
+    options = {"window": WINDOW} if similarity == "lncc" else {}
 
     def loss(grid):
         displacement = interpolate(grid, shape, method=interpolator)
-        return jnp.sum(
-            lncc(fixed, warp(moving, displacement), window=WINDOW)
-            + bending * bending_energy_of_map(displacement, grid, interpolator)
-        )
+        unlike = SIMILARITIES[similarity](fixed, warp(moving, displacement), mask=mask, **options)
+        penalty = bending * bending_energy_of_map(displacement, grid, interpolator)
+        if folding is not None:
+            shortfall = jnp.maximum(MARGIN - jacobian_determinant_on_lattice(grid, shape), 0)
+            penalty += folding * jnp.mean(shortfall**2, axis=(1, 2, 3))
+        return jnp.sum(unlike + penalty), unlike
 
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+    return descend(loss, control_grid, steps=steps, learning_rate=learning_rate)
 
-    def step(_, carried):
-        grid, state = carried
-        updates, state = optimizer.update(jax.grad(loss)(grid), state)
-        return optax.apply_updates(grid, updates), state
 
-    return jax.lax.fori_loop(0, steps, step, (control_grid, optimizer.init(control_grid)))[0]
+def refine(
+    control_grid: Float[Array, "N gx gy gz 3"],
+    fixed: Float[Array, "N X Y Z 1"],
+    moving: Float[Array, "N x y z 1"],
+    **options,
+) -> Float[Array, "N gx gy gz 3"]:
+    """The control grid that `refine_recorded` finds, which says what the options are."""
+    return refine_recorded(control_grid, fixed, moving, **options)[0]
+
+
+def descend(
+    loss: Callable, start: Float[Array, "..."], *, steps: int, learning_rate: float | Float[Array, ""]
+) -> tuple[Float[Array, "..."], Float[Array, "steps ..."]]:
+    """Adam with a step size that falls to 0 along a cosine.
+
+    Args:
+      loss: from parameters to (loss, what is to be recorded).
+      start: the parameters.
+      steps: how many; static under jit.
+      learning_rate: of the first step.
+
+    Returns:
+      The parameters after the last step, and what was recorded before each step.
+    """
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
+
+    def step(carried, _):
+        parameters, state = carried
+        gradient, recorded = jax.grad(loss, has_aux=True)(parameters)
+        updates, state = optimizer.update(gradient, state)
+        return (optax.apply_updates(parameters, updates), state), recorded
+
+    (found, _), history = jax.lax.scan(step, (start, optimizer.init(start)), length=steps)
+    return found, history

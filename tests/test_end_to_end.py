@@ -82,7 +82,7 @@ def final_params(workdir):
 
 def losses(workdir):
     """The lines of a run without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(workdir)]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "waiting")} for line in read_metrics(workdir)]
 
 
 def cases(folder):
@@ -110,6 +110,7 @@ def test_a_run_learns_and_leaves_its_results(trained):
     training = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in training] == list(range(1, STEPS + 1))
     assert {line["grid_size"] for line in training} == {4, 5}
+    assert all(0 <= line["waiting"] <= line["seconds"] for line in training)  # for data, and in all
     loss = [line["loss"] for line in training]
     assert np.mean(loss[-20:]) < 0.9 * np.mean(loss[:20])
     validation = [line for line in lines if line["kind"] == "val"]

@@ -3,7 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gridreg_jax.instance import refine
+from gridreg_jax.errors import InputError
+from gridreg_jax.instance import refine, refine_recorded
+from gridreg_jax.losses import SIMILARITIES
+from gridreg_jax.transforms.bspline import jacobian_determinant_on_lattice
 from gridreg_jax.transforms.interpolation import INTERPOLATORS, interpolate
 from gridreg_jax.transforms.warp import warp
 
@@ -41,3 +44,34 @@ def test_without_steps_nothing_changes():
     fixed, moving, control_grid = pair(0)
     found = refine(control_grid, fixed, moving, steps=0, interpolator="bspline", **OPTIONS)
     np.testing.assert_array_equal(found, control_grid)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_every_similarity_falls(similarity):
+    fixed, moving, control_grid = pair(0)
+    found, history = refine_recorded(
+        0 * control_grid, fixed, moving, steps=15, interpolator="bspline", similarity=similarity, **OPTIONS
+    )
+    assert history.shape == (15, 1) and history[-1, 0] < history[0, 0]
+    assert jnp.isfinite(found).all()
+
+
+def test_what_is_masked_has_no_influence():
+    fixed, moving, control_grid = pair(0)
+    mask = jnp.ones(fixed.shape[:4]).at[:, 12:].set(0)
+    options = dict(steps=5, interpolator="bspline", mask=mask, **OPTIONS)
+    plain = refine(0 * control_grid, fixed, moving, **options)
+    other = refine(0 * control_grid, fixed.at[:, 12:].set(7.0), moving, **options)
+    np.testing.assert_allclose(plain, other, atol=1e-5)
+
+
+def test_the_penalty_on_folding_unfolds():
+    fixed, moving, control_grid = pair(0)
+    folded = 1.5 * control_grid
+    before = jacobian_determinant_on_lattice(folded, SHAPE).min()
+    options = dict(steps=60, interpolator="bspline", bending=1.0, learning_rate=0.2)
+    plain, penalised = (refine(folded, fixed, moving, folding=weight, **options) for weight in (None, 100.0))
+    without, after = (jacobian_determinant_on_lattice(found, SHAPE).min() for found in (plain, penalised))
+    assert before < 0 < without + 0.1 < after
+    with pytest.raises(InputError, match="needs the cubic spline, not 'trilinear'"):
+        refine(folded, fixed, moving, folding=1.0, **(options | {"interpolator": "trilinear"}))

@@ -31,30 +31,36 @@ class Volume:
       array: float32 intensities or int32 labels.
       affine: voxel -> RAS mm.
       path: the file, for messages.
+      stored_affine: of the file's own axes, voxel -> RAS mm; None where there is no file.
     """
 
     array: Float32[np.ndarray, "X Y Z"] | Int32[np.ndarray, "X Y Z"]
     affine: Float[np.ndarray, "4 4"]
     path: Path
+    stored_affine: Float[np.ndarray, "4 4"] | None = None
 
 
-def load_image(path: str | Path) -> Volume:
-    """Intensities of a NIfTI file (`.nii`, `.nii.gz`), float32.
+# What an image can be given as: a file, an image of nibabel's, or an array with its affine (voxel -> RAS mm).
+Source = str | Path | nib.spatialimages.SpatialImage | tuple[np.ndarray, np.ndarray]
+
+
+def load_image(path: Source) -> Volume:
+    """Intensities of a NIfTI file (`.nii`, `.nii.gz`), or of what else `Source` allows, float32.
 
     Raises:
       InputError: there is no such file, it is damaged or not NIfTI, not three-dimensional (trailing axes of size 1 are
         dropped), empty, constant, has values that are not finite, or its affine cannot be inverted.
     """
-    array, affine, path = _read(path)
+    array, affine, path, stored_affine = _read(path)
     with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite and is reported below.
         array = np.ascontiguousarray(array, np.float32)
     _check_finite(array, path)
     if array.min() == array.max():
         raise InputError(f"{path}: every voxel is {array.flat[0]:g}: there is nothing to register")
-    return Volume(array, affine, path)
+    return Volume(array, affine, path, stored_affine)
 
 
-def load_labels(path: str | Path, like: Volume | None = None) -> Volume:
+def load_labels(path: Source, like: Volume | None = None) -> Volume:
     """Labels of a NIfTI file, int32.
 
     Args:
@@ -65,7 +71,7 @@ def load_labels(path: str | Path, like: Volume | None = None) -> Volume:
       InputError: as for `load_image` (constant labels are allowed), a value is not a whole number that int32 can hold,
         or the lattice differs from that of `like` (in shape, or by more than 0.001 mm at a corner).
     """
-    array, affine, path = _read(path)
+    array, affine, path, stored_affine = _read(path)
     _check_finite(array, path)
     array = array.astype(np.float64)
     rounded = np.rint(array)
@@ -73,7 +79,7 @@ def load_labels(path: str | Path, like: Volume | None = None) -> Volume:
     if wrong.any():
         example = f"{wrong.sum()} voxels are not, such as {array[wrong][0]:g}"
         raise InputError(f"{path}: labels must be whole numbers (of 32 bits): {example}")
-    volume = Volume(np.ascontiguousarray(rounded, np.int32), affine, path)
+    volume = Volume(np.ascontiguousarray(rounded, np.int32), affine, path, stored_affine)
     if like is not None:
         _check_lattice(volume, like)
     return volume
@@ -113,6 +119,32 @@ def load_vectors(path: str | Path) -> tuple[Float[np.ndarray, "X Y Z 3"], Float[
     return vectors[:, :, :, 0], _check_affine(image.affine, path), intent
 
 
+def as_stored(
+    array: Shaped[np.ndarray, "X Y Z *rest"], volume: Volume
+) -> tuple[Shaped[np.ndarray, "x y z *rest"], Float[np.ndarray, "4 4"]]:
+    """An array on the lattice of a volume, with its axes in the order and direction of the volume's file.
+
+    Returns:
+      The array, and the affine of the file (voxel -> RAS mm).
+    """
+    if volume.stored_affine is None:
+        return array, volume.affine
+    orientation = nib.orientations.ornt_transform(
+        nib.io_orientation(volume.affine), nib.io_orientation(volume.stored_affine)
+    )
+    return nib.apply_orientation(array, orientation), volume.stored_affine
+
+
+def describe(path: str | Path) -> tuple[tuple[int, ...], int]:
+    """Shape and intent code of a NIfTI file, whatever it holds. Errors as for `load_vectors`."""
+    path = existing_file(path)
+    try:
+        image = nib.load(path)
+        return image.shape, int(image.header["intent_code"])
+    except Exception as error:  # As in `_read`.
+        raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
+
+
 def save(
     path: str | Path, array: Shaped[np.ndarray, "X Y Z *rest"], affine: Num[np.ndarray, "4 4"], *, intent: int = 0
 ) -> None:
@@ -150,13 +182,18 @@ def existing_file(path: str | Path) -> Path:
     return path
 
 
-def _read(path: str | Path) -> tuple[Num[np.ndarray, "X Y Z"], Float[np.ndarray, "4 4"], Path]:
-    """Array in the file's (scaled) numbers and affine, both in RAS order."""
-    path = existing_file(path)
+def _read(source: Source) -> tuple[Num[np.ndarray, "X Y Z"], Float[np.ndarray, "4 4"], Path, Float[np.ndarray, "4 4"]]:
+    """Array in the file's (scaled) numbers and affine, both in RAS order; the file's name and its own affine."""
+    if isinstance(source, tuple):
+        array, affine = source
+        source = nib.Nifti1Image(np.asarray(array), np.asarray(affine, np.float64), dtype=np.asarray(array).dtype)
+    in_memory = isinstance(source, nib.spatialimages.SpatialImage)
+    path = Path(source.get_filename() or "the array") if in_memory else existing_file(source)
     try:
-        image = nib.load(path)
+        image = source if in_memory else nib.load(path)
         array = np.asanyarray(image.dataobj)
-        _check_compression(path)
+        if not in_memory:
+            _check_compression(path)
     except Exception as error:  # A damaged file can raise anything: OSError, EOFError, zlib.error, HeaderDataError, …
         raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
     if not isinstance(image, nib.Nifti1Pair):
@@ -171,7 +208,7 @@ def _read(path: str | Path) -> tuple[Num[np.ndarray, "X Y Z"], Float[np.ndarray,
     array = array.reshape(image.shape[:3])
     orientation = nib.io_orientation(affine)
     affine = affine @ nib.orientations.inv_ornt_aff(orientation, array.shape)
-    return nib.apply_orientation(array, orientation), affine, path
+    return nib.apply_orientation(array, orientation), affine, path, np.asarray(image.affine, np.float64)
 
 
 def _check_compression(path: Path) -> None:

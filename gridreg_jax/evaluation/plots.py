@@ -70,7 +70,8 @@ def loss_curves(path: Path, lines: list[dict]) -> None:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = np.array([line["step"] for line in train])
-    terms = [name for name in (train[0] if train else {}) if name not in ("step", "kind", "grid_size", "seconds")]
+    no_terms = ("step", "kind", "grid_size", "seconds", "waiting")
+    terms = [name for name in (train[0] if train else {}) if name not in no_terms]
     for name in terms:
         values = np.array([line[name] for line in train])
         window = max(1, len(values) // 50)

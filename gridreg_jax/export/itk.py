@@ -176,6 +176,24 @@ def write_h5(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
     _store(_checked(path, ".h5", ".hdf5"), write)
 
 
+def read(path: str | Path) -> list[ItkTransform]:
+    """The transforms of a file of any of these formats, by its suffix; a displacement (NIfTI) as a field of vectors.
+
+    Raises:
+      InputError: another suffix, there is no such file, or it is damaged.
+    """
+    name = str(path)
+    for suffixes, reader in (((".tfm", ".txt"), read_tfm), ((".mat",), read_mat), ((".h5", ".hdf5"), read_h5)):
+        if name.endswith(suffixes):
+            return reader(path)
+    if not name.endswith((".nii", ".nii.gz")):
+        raise InputError(f"{path}: a transform ends in .tfm, .txt, .mat, .h5, .hdf5, .nii or .nii.gz")
+    displacement_mm, affine = load_displacement(path)
+    parameters = np.moveaxis(displacement_mm * FLIP, -1, 0).ravel(order="F")
+    geometry_of_field = _geometry(displacement_mm.shape[:3], affine)
+    return [ItkTransform("DisplacementFieldTransform_double_3_3", parameters, geometry_of_field)]
+
+
 def read_tfm(path: str | Path) -> list[ItkTransform]:
     """The transforms of a text file of ITK's, in stored order; those of a composite without its own entry.
 

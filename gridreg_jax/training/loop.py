@@ -73,20 +73,25 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
                 dataset, batch_size=config["batch_size"], seed=config["seed"], start=start, stop=config["steps"]
             )
             steps = None  # compiled with the first batch
+            waited = spent = 0.0  # seconds: for data, and in all
             pending = None  # the step in flight: at most one, its metrics are collected after the next is dispatched
             step, began = start, time.perf_counter()
             while step < config["steps"] and not stopped():
                 grid_size = draw_grid_size(config["grid_sizes"], seed=config["seed"], step=step)
+                asked = time.perf_counter()
                 batch = shard(next(stream))
+                waiting = time.perf_counter() - asked
                 if steps is None:
                     steps = _compile(train_step, state, batch, config["grid_sizes"])
-                    began = time.perf_counter()
+                    began, waiting = time.perf_counter(), 0.0  # the first batch has to be prepared
                 state, metrics = steps[grid_size](state, batch)
                 step += 1
                 if pending:
                     _record(writer, progress, *pending)
                 now = time.perf_counter()
-                pending, began = (step, grid_size, metrics, now - began), now
+                times = {"seconds": now - began, "waiting": waiting}
+                pending, began = (step, grid_size, metrics, times), now
+                waited, spent = waited + waiting, spent + times["seconds"]
                 if step % config["val_every"] == 0 or step == config["steps"]:
                     _record(writer, progress, *pending)
                     pending = None
@@ -100,6 +105,8 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
             if pending:
                 _record(writer, progress, *pending)
             progress.close()
+            if spent:
+                tqdm.write(f"waited for data {100 * waited / spent:.1f} % of the time")
         if step < config["steps"]:
             _save(checkpoints, step, state, config, chosen, scored=False)
             tqdm.write(f"stopped at step {step} and saved; the same command goes on from there")
@@ -185,13 +192,14 @@ def _compile(train_step: Callable, state, batch: dict, grid_sizes: tuple[int, ..
     return steps
 
 
-def _record(writer: MetricsWriter, progress: tqdm, step: int, grid_size, metrics: dict, seconds: float) -> None:
+def _record(writer: MetricsWriter, progress: tqdm, step: int, grid_size, metrics: dict, times: dict) -> None:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not math.isfinite(values["loss"]):
         raise FloatingPointError(f"the loss is {values['loss']} at step {step}: a smaller learning rate may mend it")
-    writer.write(step, "train", {**values, "grid_size": grid_size[0], "seconds": round(seconds, 4)})
+    writer.write(step, "train", {**values, "grid_size": grid_size[0], **{k: round(v, 4) for k, v in times.items()}})
     progress.update()
-    progress.set_postfix(loss=f"{values['loss']:.4f}", step=f"{1e3 * seconds:.0f}ms", grid=grid_size[0], refresh=False)
+    duration = f"{1e3 * times['seconds']:.0f}ms"
+    progress.set_postfix(loss=f"{values['loss']:.4f}", step=duration, grid=grid_size[0], refresh=False)
 
 
 def _save(checkpoints: Checkpoints, step: int, state, config: dict, chosen: dict | None, *, scored: bool) -> None:

@@ -1,0 +1,189 @@
+"""The program `gridreg`: register two images, apply a transform, look into one."""
+
+import argparse
+import shlex
+import sys
+import time
+
+from gridreg_jax.doorway import fail, use_compilation_cache
+from gridreg_jax.errors import InputError
+
+TRANSFORM = ".tfm, .txt, .mat, .h5 or displacement .nii.gz"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; a user's mistake is one line on standard error, and exit status 2."""
+    options = _parser().parse_args(arguments)
+    use_compilation_cache()
+    try:
+        options.run(options)
+    except (InputError, OSError) as error:
+        fail(error)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        fail(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gridreg", description="Medical image registration by sparse control grids.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = commands.add_parser("register", help="register two images", description=_register.__doc__)
+    command.add_argument("--fixed", required=True, metavar="FILE", help="NIfTI image whose lattice the result has")
+    command.add_argument("--moving", required=True, metavar="FILE", help="NIfTI image that is warped")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    command.add_argument("--preset", default="balanced", metavar="NAME", help="fast, balanced (default) or accurate")
+    command.add_argument("--affine", default="auto", metavar="HOW", help="auto (default), rigid, off, or a file")
+    command.add_argument("--similarity", default="lncc", metavar="NAME", help="lncc (default), ncc, mse, nmi or mind")
+    command.add_argument(
+        "--grid", default="auto", metavar="SIZE", help="last control grid: points an axis (10), cells (5mm), or auto"
+    )
+    command.add_argument("--fixed-labels", metavar="FILE", help="labels of the fixed image, for the Dice overlap")
+    command.add_argument("--moving-labels", metavar="FILE", help="labels of the moving image, to be warped")
+    command.add_argument("--fixed-points", metavar="CSV", help="points of the fixed image, RAS mm: id,x,y,z")
+    command.add_argument("--moving-points", metavar="CSV", help="points of the moving image, RAS mm: id,x,y,z")
+    command.add_argument("--also-apply", nargs="+", default=[], metavar="FILE", help="images to warp in the same way")
+    command.set_defaults(run=_register)
+
+    command = commands.add_parser("apply", help="apply a transform", description=_apply.__doc__)
+    command.add_argument("--transform", required=True, metavar="FILE", help=TRANSFORM)
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--image", metavar="FILE", help="image to warp, linear")
+    what.add_argument("--labels", metavar="FILE", help="labels to warp, linear vote")
+    what.add_argument("--points", metavar="CSV", help="points of the fixed image, RAS mm: id,x,y,z")
+    command.add_argument("--reference", metavar="FILE", help="image whose lattice the result has (not for points)")
+    command.add_argument("--out", required=True, metavar="FILE", help="the result")
+    command.set_defaults(run=_apply)
+
+    command = commands.add_parser("inspect", help="look into a transform", description=_inspect.__doc__)
+    command.add_argument("transform", metavar="FILE", help=TRANSFORM)
+    command.add_argument("--image", metavar="FILE", help="fixed image that the transform is for")
+    command.set_defaults(run=_inspect)
+    return parser
+
+
+def _register(options: argparse.Namespace) -> None:
+    """Register two images and write the results: warped image, transforms, displacements, metrics.json, report.html."""
+    from concurrent.futures import ThreadPoolExecutor
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from gridreg_jax.data import nifti
+    from gridreg_jax.registration.deformable import PRESETS
+    from gridreg_jax.registration.register import register
+    from gridreg_jax.registration.report import make_folder, save
+
+    start = time.monotonic()
+    for path in (options.fixed_points, options.moving_points):
+        if path:
+            nifti.load_landmarks(path)
+    if options.fixed_labels and not options.moving_labels:
+        raise InputError("--fixed-labels are for the Dice overlap and need --moving-labels")
+    with ThreadPoolExecutor(2) as pool:
+        fixed, moving = pool.map(nifti.load_image, (options.fixed, options.moving))
+    labels = {}
+    for name, like in (("fixed_labels", fixed), ("moving_labels", moving)):
+        if path := getattr(options, name):
+            labels[name] = nifti.load_labels(path, like=like)
+    also_apply = [nifti.load_image(path) for path in options.also_apply]
+    make_folder(Path(options.out))
+
+    with tqdm(total=len(PRESETS.get(options.preset, PRESETS["fast"]).stages), disable=not sys.stderr.isatty()) as bar:
+
+        def notify(stage):
+            size, (first, *_, last) = "x".join(map(str, stage.grid_size)), stage.similarity
+            bar.set_description(f"grid {size}: {options.similarity} {first:.3f} to {last:.3f}")
+            bar.update()
+
+        registration = register(
+            fixed,
+            moving,
+            preset=options.preset,
+            affine=options.affine,
+            similarity=options.similarity,
+            grid=_grid(options.grid),
+            notify=notify,
+        )
+    metrics = save(
+        registration,
+        options.out,
+        **labels,
+        fixed_points=options.fixed_points,
+        moving_points=options.moving_points,
+        also_apply=also_apply,
+        command=shlex.join(["gridreg", *sys.argv[1:]]),
+    )
+    before, after = (metrics["correlation"][when] for when in ("before", "after"))
+    print(f"correlation {before or 0:.3f} before, {after or 0:.3f} after; {registration.certificate}")
+    if "dice" in metrics:
+        dice = [metrics["dice"][when]["mean"] or 0.0 for when in ("before", "after")]
+        print(f"mean Dice {dice[0]:.3f} before, {dice[1]:.3f} after")
+    if "tre_mm" in metrics:
+        print(f"points {metrics['tre_mm']['before']:.2f} mm apart before, {metrics['tre_mm']['after']:.2f} mm after")
+    if not registration.certificate.invertible:
+        print("warning: the map is not proven to be invertible; coarser cells (--grid) help", file=sys.stderr)
+    print(f"written to {options.out} in {time.monotonic() - start:.1f} s; see {options.out}/report.html")
+
+
+def _grid(text: str) -> int | float | None:
+    if text == "auto":
+        return None
+    try:
+        return float(text.removesuffix("mm")) if text.endswith("mm") else int(text)
+    except ValueError:
+        raise InputError(f"--grid={text}: give points an axis (10), a length of cells (5mm), or auto") from None
+
+
+def _apply(options: argparse.Namespace) -> None:
+    """Warp an image or labels in the moving image's space onto the lattice of a reference, or map points to there."""
+    from pathlib import Path
+
+    import numpy as np
+
+    from gridreg_jax.data import nifti
+    from gridreg_jax.export import itk
+    from gridreg_jax.registration.register import pull
+    from gridreg_jax.registration.report import write_points
+
+    transforms = itk.read(options.transform)
+    if options.points:
+        points = nifti.load_landmarks(options.points)
+        mapped = itk.apply(transforms, np.array(list(points.values())))
+        write_points(Path(options.out), dict(zip(points, mapped, strict=True)))
+        return
+    if not options.reference:
+        raise InputError("--reference is missing: the image whose lattice the result has")
+    reference = nifti.load_image(options.reference)
+    volume = nifti.load_labels(options.labels) if options.labels else nifti.load_image(options.image)
+    displacement = _displacement(transforms, reference)
+    matrix = np.linalg.inv(volume.affine) @ reference.affine
+    warped = pull(volume, displacement, matrix, labels=bool(options.labels))
+    nifti.save(options.out, *nifti.as_stored(warped, reference))
+
+
+def _displacement(transforms, reference):
+    """Of the map at the voxels of a lattice, in its voxels."""
+    import numpy as np
+
+    from gridreg_jax import geometry
+    from gridreg_jax.export import itk
+
+    shape = reference.array.shape
+    displacement = np.empty((*shape, 3), np.float32)
+    plane = np.stack(np.meshgrid(*map(np.arange, shape[1:]), indexing="ij"), axis=-1).reshape(-1, 2)
+    for row in range(shape[0]):  # a row at a time bounds the memory
+        voxels = np.insert(plane.astype(float), 0, row, axis=1)
+        mapped = itk.apply(transforms, geometry.voxel_to_world(voxels, reference.affine))
+        displacement[row] = (geometry.world_to_voxel(mapped, reference.affine) - voxels).reshape(*shape[1:], 3)
+    return displacement
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    """Say what a transform is, where it acts, how it stretches space, and whether it is proven to be invertible."""
+    from gridreg_jax.registration.inspection import inspect
+
+    for line in inspect(options.transform, options.image):
+        print(line)

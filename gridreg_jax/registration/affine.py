@@ -1,0 +1,188 @@
+"""The affine start: the rotation, scale and shift that bring two images into each other's reach, in world space.
+
+All lengths are relative to the images' size, so that a crop of 50 mm is treated as a head of 200 mm.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from gridreg_jax import geometry
+from gridreg_jax.data.nifti import Volume
+from gridreg_jax.data.preprocess import Lattice, lattice_affine, normalise, resample
+from gridreg_jax.errors import InputError
+from gridreg_jax.instance import descend
+from gridreg_jax.losses import SIMILARITIES
+from gridreg_jax.transforms.warp import identity_grid, sample
+
+# Voxels along the longest side, steps, and step size in the unit of the parameters (see `_matrix`). At the coarsest
+# level every start is tried, and the best few go on.
+LEVELS = ((13, 40, 0.04), (26, 60, 0.01), (48, 40, 0.004))
+SURVIVORS = 3
+TURN = np.pi / 6
+# Share of the smaller of the two fields of view that must lie in the other.
+LEAST_OVERLAP = 0.1
+
+
+def align(
+    fixed: Volume,
+    moving: Volume,
+    *,
+    kind: Literal["affine", "rigid"] = "affine",
+    similarity: str = "ncc",
+) -> Float[np.ndarray, "4 4"]:
+    """The affine or rigid map under which two images are most alike, from no knowledge of how they lie.
+
+    A short rigid search starts with the centres of mass on each other, with the middles of the fields of view on each
+    other, and from the headers, each with turns of 30 degrees about the three axes. The best go on, coarse to fine.
+    What lies outside the moving image's field of view does not count.
+
+    Args:
+      fixed, moving: images of any lattice.
+      kind: affine (12 parameters), or rigid (6).
+      similarity: a name in `losses.SIMILARITIES`: "ncc" within one modality, "nmi" between two.
+
+    Returns:
+      RAS mm of the fixed image -> RAS mm of the moving image.
+
+    Raises:
+      InputError: less than a tenth of the smaller field of view lies in the other one.
+    """
+    fixed, moving = (Volume(normalise(volume.array), volume.affine, volume.path) for volume in (fixed, moving))
+    sides = [max(np.subtract(volume.array.shape, 1) * geometry.spacing(volume.affine)) for volume in (fixed, moving)]
+    center, moving_center = (_center_of_mass(volume) for volume in (fixed, moving))
+    radius = sides[0] / 4
+
+    turns = np.concatenate([np.zeros((1, 3)), TURN * np.eye(3), -TURN * np.eye(3)])
+    shifts = np.array([moving_center, _middle(moving) + center - _middle(fixed), center]) - moving_center
+    parameters = np.array([[*shift / radius, *turn] for shift in shifts for turn in turns], np.float32)
+    for number, (voxels, steps, learning_rate) in enumerate(LEVELS):
+        # A small part of a large image would make either lattice tiny or huge.
+        spacing = max(min(sides) / voxels, max(sides) / (3 * voxels))
+        fixed_level, moving_level = (_at_spacing(volume, spacing) for volume in (fixed, moving))
+        if number == 1 and kind == "affine":
+            parameters = np.pad(parameters, [(0, 0), (0, 6)])
+        to_moving = np.linalg.inv(moving_level.affine)
+        possible = min(1, _size_mm3(moving) / _size_mm3(fixed))
+        losses, parameters = _search(
+            fixed_level.array,
+            moving_level.array,
+            ((fixed_level.affine[:3, :3] / radius), (fixed_level.affine[:3, 3] - center) / radius),
+            (to_moving[:3, :3] * radius, geometry.voxel_to_world(moving_center, to_moving)),
+            parameters,
+            possible,
+            learning_rate,
+            steps=steps,
+            similarity=similarity,
+        )
+        # A start that failed has a loss of NaN, and comes last.
+        parameters = np.asarray(parameters)[np.argsort(losses)[: SURVIVORS if number == 0 else 1]]
+
+    linear, shift = (np.asarray(part, np.float64) for part in jax.jit(_matrix)(parameters[0]))
+    matrix = np.eye(4)
+    matrix[:3, :3] = linear
+    matrix[:3, 3] = moving_center + radius * shift - linear @ center
+    check_overlap(fixed, moving, matrix)
+    return matrix
+
+
+def check_overlap(fixed: Volume, moving: Volume, matrix: Float[np.ndarray, "4 4"]) -> None:
+    """Raise `InputError` if under `matrix` (fixed -> moving RAS mm) less than `LEAST_OVERLAP` of the smaller field of
+    view lies in the other one."""
+    # The middles of some thousand boxes into which the fixed field of view is cut.
+    axes = [(np.arange(20) + 0.5) * size / 20 - 0.5 for size in fixed.array.shape]
+    points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
+    reached = geometry.world_to_voxel(geometry.voxel_to_world(points, matrix @ fixed.affine), moving.affine)
+    inside = (np.abs(reached - (np.array(moving.array.shape) - 1) / 2) <= np.array(moving.array.shape) / 2).all(axis=-1)
+    scaled_mm3 = _size_mm3(fixed) * abs(np.linalg.det(matrix[:3, :3]))
+    share = inside.mean() * max(1, scaled_mm3 / _size_mm3(moving))
+    if share < LEAST_OVERLAP:
+        raise InputError(
+            f"{fixed.path} and {moving.path} do not overlap: only {100 * share:.0f} % of the smaller field of view "
+            "lies in the other one"
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "similarity"))
+def _search(fixed, moving, to_points, to_voxels, starts, possible, learning_rate, *, steps, similarity):
+    """The loss of each start after its steps, and its parameters then.
+
+    Args:
+      to_points: linear part and shift, from fixed voxels to the coordinates in which the parameters act.
+      to_voxels: the same from those coordinates to moving voxels.
+      possible: share of the fixed lattice that can lie in the moving one.
+    """
+    points = _apply(to_points, identity_grid(fixed.shape))
+    last = jnp.asarray(moving.shape, jnp.float32) - 1
+
+    def loss(parameters):
+        reached = _apply(to_voxels, _apply(_matrix(parameters), points))
+        # From 1 at the outermost voxel centres to 0 a voxel farther out, so that the overlap has a gradient too.
+        inside = jnp.prod(jnp.clip(1 + jnp.minimum(reached, last - reached), 0, 1), axis=-1)
+        warped = sample(moving[..., None], reached)
+        unlike = SIMILARITIES[similarity](fixed[None, ..., None], warped[None], mask=inside[None])[0]
+        # A sliver can be alike by chance: less than half of what could overlap costs.
+        value = unlike + jnp.maximum(0, 0.5 - jnp.mean(inside) / possible)
+        return value, value
+
+    def one(start):
+        found, _ = descend(loss, start, steps=steps, learning_rate=learning_rate)
+        return loss(found)[0], found
+
+    return jax.vmap(one)(starts)
+
+
+def _apply(transform, points: Float[Array, "X Y Z 3"]) -> Float[Array, "X Y Z 3"]:
+    linear, shift = transform
+    return jnp.matmul(points, jnp.asarray(linear, jnp.float32).T, precision=jax.lax.Precision.HIGHEST) + shift
+
+
+def _matrix(parameters: Float[Array, " P"]) -> tuple[Float[Array, "3 3"], Float[Array, "3"]]:
+    """Linear part and shift: 3 for the shift, 3 for the rotation vector, then 3 logarithms of scales and 3 shears.
+
+    Around the centre of mass, with a quarter of the longest side as unit of length: a change of any parameter by d
+    moves points at that distance by about d.
+    """
+    shift, turn = parameters[:3], parameters[3:6]
+    angle = jnp.sqrt(jnp.sum(turn**2) + 1e-12)
+    x, y, z = turn / angle
+    cross = jnp.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    rotation = jnp.eye(3) + jnp.sin(angle) * cross + (1 - jnp.cos(angle)) * cross @ cross
+    if len(parameters) == 6:
+        return rotation, shift
+    (a, b, c), (d, e, f) = jnp.exp(parameters[6:9]), parameters[9:]
+    return rotation @ jnp.array([[a, d, e], [0, b, f], [0, 0, c]]), shift
+
+
+def _at_spacing(volume: Volume, spacing: float) -> Volume:
+    """The volume from corner to corner on a lattice of about this spacing (mm), nowhere finer than its own."""
+    sides = np.subtract(volume.array.shape, 1) * geometry.spacing(volume.affine)
+    shape = tuple(int(size) for size in np.minimum(volume.array.shape, np.maximum(2, np.rint(sides / spacing) + 1)))
+    affine = corner_to_corner(volume, shape)
+    return Volume(resample(volume, affine, shape), affine, volume.path)
+
+
+def corner_to_corner(volume: Volume, shape: tuple[int, int, int]) -> Float[np.ndarray, "4 4"]:
+    """Affine (voxel -> RAS mm) of a lattice of another shape whose corner voxels are those of the volume.
+
+    An axis of a single voxel keeps its spacing.
+    """
+    steps = np.maximum(np.subtract(volume.array.shape, 1), 1) / np.maximum(np.subtract(shape, 1), 1)
+    return volume.affine @ np.diag([*steps, 1.0])
+
+
+def _center_of_mass(volume: Volume) -> Float[np.ndarray, "3"]:
+    # The centre of a lattice of one voxel.
+    return lattice_affine(volume, Lattice((1, 1, 1), (1.0, 1.0, 1.0)))[:3, 3]
+
+
+def _middle(volume: Volume) -> Float[np.ndarray, "3"]:
+    return geometry.voxel_to_world((np.array(volume.array.shape) - 1) / 2, volume.affine)
+
+
+def _size_mm3(volume: Volume) -> float:
+    return float(np.prod(volume.array.shape) * np.abs(np.linalg.det(volume.affine[:3, :3])))

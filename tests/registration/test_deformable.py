@@ -1,0 +1,86 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gridreg_jax import geometry
+from gridreg_jax.data.nifti import Volume
+from gridreg_jax.errors import InputError
+from gridreg_jax.registration.deformable import BUDGET, PRESETS, Preset, Stage, deform, finest_shape
+from gridreg_jax.transforms.interpolation import axis_weights
+
+SHAPE = (32, 36, 30)
+QUICK = Preset(4.0, (Stage(2, 1, 30, 2.0), Stage(1, 0, 20, 2.0)))
+
+
+def volume(shape, spacing):
+    return Volume(np.broadcast_to(np.float32(0), shape), np.diag([*spacing, 1.0]), Path("image"))
+
+
+def test_the_working_lattice_keeps_to_its_budget():
+    assert finest_shape(volume((162, 214, 167), (1, 1, 1))) == (80, 104, 88)
+    assert finest_shape(volume((30, 40, 50), (1, 1, 1))) == (30, 40, 50)  # never finer than the image
+    thick = finest_shape(volume((512, 512, 20), (0.5, 0.5, 5.0)))
+    assert thick[2] == 20 and 0.8 * BUDGET < np.prod(thick) < 1.2 * BUDGET
+
+
+def smooth_displacement(points_mm, amplitude):
+    """A smooth map of mm with a period of 80 mm."""
+    phases = points_mm[..., [1, 2, 0]] * 2 * np.pi / 80
+    return amplitude * np.sin(phases + [0.3, 1.0, 2.0])
+
+
+@pytest.fixture(scope="module")
+def known(phantom, lattice):
+    """A pair on one lattice and the map between them."""
+    body, affine = phantom(seed=3), lattice(SHAPE, (3.0, 3.0, 3.0), np.eye(3))
+    fixed = body.volume(SHAPE, affine, lambda x: x + smooth_displacement(x, 4.0))
+    return fixed, body.volume(SHAPE, affine), affine
+
+
+def test_a_known_smooth_deformation_is_found(known):
+    fixed, moving, affine = known
+    control_grid, certificate, stages = deform(fixed, moving, np.eye(4), preset=QUICK)
+    matrices = [axis_weights("bspline", g, n) for g, n in zip(control_grid.shape[:3], SHAPE, strict=True)]
+    found_mm = 3.0 * np.einsum("ai,bj,ck,ijkd->abcd", *matrices, control_grid, optimize=True)
+    voxels = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), axis=-1)
+    points_mm = geometry.voxel_to_world(voxels, affine)
+    true_mm = smooth_displacement(points_mm, 4.0)
+    inside = np.linalg.norm(points_mm, axis=-1) < 30  # where there is something to see
+    assert np.linalg.norm(found_mm - true_mm, axis=-1)[inside].mean() < 0.25 * np.linalg.norm(true_mm, axis=-1).mean()
+    assert certificate.invertible
+    assert [stage.grid_size for stage in stages] == [(7, 7, 7), (11, 11, 11)]
+    assert all(stage.similarity[-1] < stage.similarity[0] for stage in stages)
+
+
+def test_a_map_that_folds_is_mended(known):
+    fixed, moving, _ = known
+    careless = Preset(2.0, (Stage(1, 0, 40, 1e-4),))
+    other = dataclasses.replace(fixed, array=np.ascontiguousarray(fixed.array[::-1, ::-1]))
+    _, certificate, stages = deform(other, moving, np.eye(4), preset=careless)
+    assert len(stages) > 1, "the map did not fold: the test shows nothing"
+    assert certificate.invertible
+
+
+@pytest.mark.parametrize(("grid", "size"), [(6, (6, 6, 6)), (30.0, (6, 7, 6))])
+def test_the_last_control_grid_can_be_chosen(known, grid, size):
+    fixed, moving, _ = known
+    stage = dataclasses.replace(QUICK.stages[0], halvings=0, steps=1)
+    control_grid, _, _ = deform(fixed, moving, np.eye(4), preset=Preset(4.0, (stage,)), grid=grid)
+    assert control_grid.shape[:3] == size
+
+
+@pytest.mark.parametrize("grid", [3, 100, 0.5])
+def test_an_impossible_grid_is_named(known, grid):
+    fixed, moving, _ = known
+    with pytest.raises(InputError, match="control grid has from 4 to 39|smaller than a voxel"):
+        deform(fixed, moving, np.eye(4), preset=QUICK, grid=grid)
+
+
+def test_short_axes_keep_whole_cells():
+    for preset in PRESETS.values():
+        assert preset.stages[-1].halvings == 0
+        assert [stage.halvings for stage in preset.stages] == sorted(
+            [stage.halvings for stage in preset.stages], reverse=True
+        )

@@ -1,0 +1,171 @@
+"""One registration of a small pair with awkward headers, and everything that can be done with it."""
+
+import csv
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import gridreg_jax
+from gridreg_jax import geometry
+from gridreg_jax.data import nifti
+from gridreg_jax.data.nifti import Volume
+from gridreg_jax.errors import InputError
+from gridreg_jax.export import itk
+from gridreg_jax.registration import report
+from gridreg_jax.registration.register import Registration, given_affine, register
+
+FIXED, MOVING = (34, 30, 22), (28, 36, 33)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, phantom, lattice, turn, write_nifti):
+    """Files of a pair: the fixed image oblique, with flipped and exchanged axes and thick slices."""
+    folder, body = tmp_path_factory.mktemp("pair"), phantom(seed=1)
+    axes = turn(15, 2) @ turn(8, 0) @ np.eye(3)[:, [1, 2, 0]] @ np.diag([-1.0, 1.0, -1.0])
+    true = nib.affines.from_matvec(turn(12, 1) * [1.05, 1.0, 0.96], [12.0, -8.0, 5.0])
+
+    def through(points_mm):
+        wave = 2.5 * np.sin(points_mm[..., [1, 2, 0]] * 2 * np.pi / 90)
+        return geometry.voxel_to_world(points_mm + wave, true)
+
+    volumes = {
+        "fixed": body.volume(FIXED, lattice(FIXED, (3.0, 3.0, 4.5), axes, (3.0, 1.0, -2.0)), through),
+        "moving": body.volume(MOVING, lattice(MOVING, (3.5, 3.0, 3.0), turn(-5, 1), (12.0, -8.0, 5.0))),
+    }
+    for name, volume in volumes.items():
+        write_nifti(folder / f"{name}.nii.gz", volume.array, volume.affine)
+        labels = np.digitize(volume.array, [0.4, 1.0]).astype(np.int16)
+        write_nifti(folder / f"{name}_labels.nii.gz", labels, volume.affine)
+    points = np.random.default_rng(2).uniform(-20, 20, (12, 3))
+    for name, places in (("fixed", points), ("moving", through(points))):
+        lines = [f"{number},{x:.5f},{y:.5f},{z:.5f}" for number, (x, y, z) in enumerate(places)]
+        (folder / f"{name}_points.csv").write_text("\n".join(["id,x,y,z", *lines]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> Registration:
+    return register(folder / "fixed.nii.gz", folder / "moving.nii.gz", preset="fast")
+
+
+@pytest.fixture(scope="module")
+def out(found, folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results") / "deeper"
+    labels = {f"{name}_labels": nifti.load_labels(folder / f"{name}_labels.nii.gz") for name in ("fixed", "moving")}
+    points = {f"{name}_points": folder / f"{name}_points.csv" for name in ("fixed", "moving")}
+    report.save(found, out, **labels, **points, also_apply=[nifti.load_image(folder / "moving_labels.nii.gz")])
+    return out
+
+
+def voxels(shape, count=200):
+    return np.random.default_rng(0).uniform(0, 1, (count, 3)) * np.subtract(shape, 1)
+
+
+def test_the_map_is_close_to_the_true_one(out):
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["tre_mm"]["points"] == 12
+    assert metrics["tre_mm"]["after"] < 1.5 < 10 < metrics["tre_mm"]["before"]
+    assert metrics["dice"]["after"]["mean"] > 0.9 > metrics["dice"]["before"]["mean"]
+    assert metrics["folding_percent"] == 0 and metrics["certificate"]["invertible"]
+    assert metrics["correlation"]["after"] > metrics["correlation"]["affine"] > metrics["correlation"]["before"]
+
+
+def test_the_folder_holds_what_it_should_and_nothing_half_written(out):
+    names = "warped displacement inverse_displacement warped_moving_labels".split()
+    expected = {f"{name}.nii.gz" for name in names} | {"transform.tfm", "spline.mat", "metrics.json", "report.html"}
+    expected |= {"fixed_points_in_moving.csv", "moving_points_in_fixed.csv"}
+    assert {path.name for path in out.iterdir()} == expected
+    assert (out / "report.html").read_text().count("data:image/png;base64") == 16
+
+
+@pytest.mark.parametrize("name", ["warped", "warped_moving_labels", "displacement"])
+def test_results_lie_on_the_lattice_of_the_fixed_file(out, folder, name):
+    fixed, result = nib.load(folder / "fixed.nii.gz"), nib.load(out / f"{name}.nii.gz")
+    assert result.shape[:3] == fixed.shape
+    np.testing.assert_array_equal(result.affine, fixed.affine.astype(np.float32))
+
+
+def test_simpleitk_maps_the_same_points_and_makes_the_same_image(out, folder, found):
+    sitk = pytest.importorskip("SimpleITK")
+    transform = sitk.ReadTransform(str(out / "transform.tfm"))
+    points_mm = geometry.voxel_to_world(voxels(found.fixed.array.shape), found.fixed.affine)
+    theirs = np.array([transform.TransformPoint(p) for p in (points_mm * itk.FLIP).tolist()]) * itk.FLIP
+    np.testing.assert_allclose(found.map_points(points_mm), theirs, atol=1e-3)
+
+    fixed, moving = (sitk.ReadImage(str(folder / f"{name}.nii.gz")) for name in ("fixed", "moving"))
+    lowest = float(found.moving.array.min())
+    warped = sitk.GetArrayFromImage(sitk.Resample(moving, fixed, transform, sitk.sitkLinear, lowest)).T
+    ours = np.asarray(nib.load(out / "warped.nii.gz").dataobj)
+    # ITK ends an image at its voxel's edge too, but there may decide otherwise by rounding.
+    assert np.mean(np.abs(ours - warped) > 1e-3 * np.ptp(ours)) < 1e-3
+
+
+def test_the_dense_displacement_is_the_whole_map(out, found):
+    vectors_mm, affine = itk.load_displacement(out / "displacement.nii.gz")
+    index = np.random.default_rng(1).integers(0, vectors_mm.shape[:3], (100, 3))
+    points_mm = geometry.voxel_to_world(index, affine)
+    np.testing.assert_allclose(points_mm + vectors_mm[tuple(index.T)], found.map_points(points_mm), atol=1e-3)
+
+
+def test_the_inverse_leads_back(out, found):
+    mean_mm, largest_mm = found.inverse_errors_mm
+    assert mean_mm < 0.1 and mean_mm < largest_mm
+    vectors_mm, affine = itk.load_displacement(out / "inverse_displacement.nii.gz")
+    assert vectors_mm.shape[:3] == found.moving.array.shape
+    # Points well inside, where nothing leads off either lattice.
+    points_mm = np.random.default_rng(3).uniform(-15, 15, (100, 3))
+    there = found.map_points(points_mm)
+    np.testing.assert_allclose(found.map_points_back(there), points_mm, atol=1e-3)
+    field = [itk.read(out / "inverse_displacement.nii.gz")[0]]
+    assert np.linalg.norm(itk.apply(field, there) - points_mm, axis=1).mean() < 0.2
+
+
+def test_written_points(out, folder, found):
+    with (out / "fixed_points_in_moving.csv").open() as file:
+        rows = [[float(row[axis]) for axis in "xyz"] for row in csv.DictReader(file)]
+    points_mm = np.array(list(nifti.load_landmarks(folder / "fixed_points.csv").values()))
+    np.testing.assert_allclose(rows, found.map_points(points_mm), atol=1e-5)
+
+
+def test_labels_are_voted_for_and_none_is_invented(out, folder):
+    warped, moving = (nib.load(path) for path in (out / "warped_moving_labels.nii.gz", folder / "moving_labels.nii.gz"))
+    values = np.asarray(warped.dataobj)
+    assert values.dtype.kind == "i" and set(np.unique(values)) <= set(np.unique(np.asarray(moving.dataobj)))
+
+
+def test_outside_the_moving_image_is_its_minimum(found):
+    part = Volume(found.moving.array[:14].copy(), found.moving.affine, found.moving.path)
+    warped = found.warp(part)
+    assert np.mean(warped == part.array.min()) > 0.2
+
+
+def test_images_of_nibabel_arrays_and_files_are_the_same(folder, found):
+    options = dict(preset="fast", affine=found.matrix, grid=4)
+    images = [nib.load(folder / f"{name}.nii.gz") for name in ("fixed", "moving")]
+    arrays = [(image.get_fdata(), image.affine) for image in images]
+    first, second = gridreg_jax.register(*images, **options), gridreg_jax.register(*arrays, **options)
+    np.testing.assert_allclose(first.control_grid, second.control_grid, atol=1e-5)
+
+
+def test_a_given_affine(tmp_path, found):
+    itk.write_mat(tmp_path / "affine.mat", found.transforms[0])
+    np.testing.assert_allclose(given_affine(tmp_path / "affine.mat"), found.matrix, atol=1e-9)
+    np.testing.assert_array_equal(given_affine("off"), np.eye(4))
+    itk.write_tfm(tmp_path / "both.tfm", found.transforms)
+    with pytest.raises(InputError, match="both.tfm: holds more than an affine"):
+        given_affine(tmp_path / "both.tfm")
+
+
+@pytest.mark.parametrize("option", ["preset", "similarity"])
+def test_an_unknown_name_is_named(folder, option):
+    with pytest.raises(InputError, match=f"{option} 'fats' is not known: the known ones are"):
+        register(folder / "fixed.nii.gz", folder / "moving.nii.gz", **{option: "fats"})
+
+
+def test_a_failed_write_leaves_no_folder_of_parts(found, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        report.save(found, tmp_path / "file" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

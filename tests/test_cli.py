@@ -1,0 +1,137 @@
+"""The program `gridreg`: its commands on small files, and every mistake is one line."""
+
+import json
+import re
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from gridreg_jax.cli import main
+from gridreg_jax.data import nifti
+from gridreg_jax.export import itk
+
+SHAPE = (24, 26, 22)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, write_nifti):
+    """A pair of rough images, one a shifted copy, with labels; and files that are not as they should be."""
+    folder = tmp_path_factory.mktemp("files")
+    rough = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=SHAPE), 2)
+    window = np.prod(np.meshgrid(*[np.hanning(size) for size in SHAPE], indexing="ij"), axis=0)
+    fixed = ((rough / rough.std() + 3) * window).astype(np.float32)
+    far = nib.affines.from_matvec(np.eye(3), [500.0, 0, 0])
+    write_nifti(folder / "fixed.nii.gz", fixed)
+    write_nifti(folder / "moving.nii.gz", ndimage.shift(fixed, (1.5, -1, 0.5)))
+    write_nifti(folder / "far.nii.gz", fixed, far)
+    write_nifti(folder / "four.nii.gz", np.stack([fixed, fixed], axis=-1))
+    write_nifti(folder / "labels.nii.gz", (fixed > 1).astype(np.uint8))
+    write_nifti(folder / "other_labels.nii.gz", (fixed[:-1] > 1).astype(np.uint8))
+    write_nifti(folder / "field4d.nii.gz", np.zeros((4, 4, 4, 3), np.float32))
+    (folder / "points.csv").write_text("id,x,y,z\n4,10,11,12\n")
+    (folder / "a_file").touch()
+    (folder / "bad.tfm").write_text("nothing")
+    control_grid = np.random.default_rng(1).normal(size=(5, 5, 5, 3))
+    spline = itk.bspline_transform(control_grid, SHAPE, np.eye(4))
+    itk.write_tfm(folder / "spline.tfm", [itk.affine_transform(np.eye(4)), spline])
+    return folder
+
+
+def command(files, text):
+    """The words of a command; those with a dot or `out` name files in the folder, `a_file/out` too."""
+    return [
+        str(files / word) if re.search(r"\.(nii\.gz|tfm|csv|mat)$|^[^-]*out$", word) else word for word in text.split()
+    ]
+
+
+def test_help_comes_without_jax():
+    code = "from gridreg_jax import cli\ntry: cli.main(['register', '--help'])\nexcept SystemExit: pass\n"
+    check = "import sys; sys.exit(any(name in sys.modules for name in ('jax', 'numpy', 'nibabel')))"
+    found = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "--moving-labels" in found.stdout
+
+
+def test_register_then_apply_and_inspect(files, capsys):
+    options = "register --fixed fixed.nii.gz --moving moving.nii.gz --out new/out --preset fast --grid 5"
+    main(command(files, f"{options} --moving-labels labels.nii.gz --affine rigid"))
+    assert "correlation" in capsys.readouterr().out
+    out = files / "new" / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["correlation"]["after"] > max(0.95, metrics["correlation"]["before"])
+    # The transform, applied to the same files, gives the same results.
+    for kind, name, result in (("--image", "moving", "warped"), ("--labels", "labels", "warped_labels")):
+        for transform in ("transform.tfm", "displacement.nii.gz"):
+            text = f"apply --transform new/out/{transform} {kind} {name}.nii.gz --reference fixed.nii.gz"
+            main(command(files, f"{text} --out again.nii.gz"))
+            ours, again = (nib.load(path).get_fdata() for path in (out / f"{result}.nii.gz", files / "again.nii.gz"))
+            assert np.mean(np.abs(ours - again) > 1e-2) < 0.01
+    main(command(files, "inspect new/out/transform.tfm --image fixed.nii.gz"))
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 transforms" in lines[0] and any("invertible everywhere" in line for line in lines)
+    assert any("0 % of the image's voxels lie outside" in line for line in lines)
+
+
+def test_apply_to_points(files):
+    main(command(files, "apply --transform spline.tfm --points points.csv --out mapped.csv"))
+    (mapped,) = nifti.load_landmarks(files / "mapped.csv").items()
+    assert mapped[0] == 4
+    expected = itk.apply(itk.read_tfm(files / "spline.tfm"), np.array([[10.0, 11, 12]]))[0]
+    np.testing.assert_allclose(mapped[1], expected, atol=1e-5)
+
+
+def test_inspect_says_how_much_lies_outside_and_what_is_not_proven(files, capsys):
+    main(command(files, "inspect spline.tfm --image far.nii.gz"))
+    assert "100 % of the image's voxels lie outside its domain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("intent", "edge", "warning"), [(1006, 1, "intent 1006"), (1007, 0, "0 along its whole border")]
+)
+def test_inspect_warns_of_suspicious_fields(tmp_path, capsys, intent, edge, warning):
+    array = np.pad(np.ones((4, 4, 4, 1, 3), np.float32), [(1, 1)] * 3 + [(0, 0)] * 2, constant_values=edge)
+    nifti.save(tmp_path / "field.nii.gz", array, np.eye(4), intent=intent)
+    main(["inspect", str(tmp_path / "field.nii.gz")])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warning in line
+
+
+PAIR = "register --fixed fixed.nii.gz --moving moving.nii.gz --out out"
+MISTAKES = {
+    "no command": ("", "required: COMMAND"),
+    "no moving image": ("register --fixed fixed.nii.gz --out out", "required: --moving; see gridreg register --help"),
+    "an unknown option": (f"{PAIR} --prest fast", "unrecognized arguments: --prest"),
+    "a file that is not there": (PAIR.replace("moving.", "none."), "none.nii.gz: no such file"),
+    "two volumes in a file": (PAIR.replace("moving.", "four."), "four.nii.gz: one three-dimensional volume is needed"),
+    "a transform for an image": (PAIR.replace("moving.nii.gz", "bad.tfm"), "bad.tfm: cannot be read as NIfTI"),
+    "a folder below a file": (PAIR.replace("--out out", "--out a_file/out"), "a_file/out: cannot be written"),
+    "no overlap": (PAIR.replace("moving.", "far.") + " --affine off", "do not overlap: only 0 %"),
+    "labels elsewhere": (f"{PAIR} --moving-labels other_labels.nii.gz", "other_labels.nii.gz: its shape"),
+    "labels of one side": (f"{PAIR} --fixed-labels labels.nii.gz", "--fixed-labels .* need --moving-labels"),
+    "an unknown preset": (f"{PAIR} --preset fats", "preset 'fats' is not known: the known ones are fast"),
+    "an unknown similarity": (f"{PAIR} --similarity mi", "similarity 'mi' is not known"),
+    "a grid in words": (f"{PAIR} --grid ten", "--grid=ten: give points an axis"),
+    "too small a grid": (f"{PAIR} --grid 3", "a control grid has from 4 to"),
+    "an affine that is not there": (f"{PAIR} --affine none.mat", "none.mat: no such file"),
+    "more than an affine": (f"{PAIR} --affine spline.tfm", "spline.tfm: holds more than an affine"),
+    "points that are not there": (f"{PAIR} --fixed-points none.csv", "none.csv: cannot be read"),
+    "a damaged transform": ("inspect bad.tfm", "bad.tfm: is no text file of ITK transforms"),
+    "a field of four axes": ("inspect field4d.nii.gz", "field4d.nii.gz: is a field of shape .*: 4-D"),
+    "no reference": ("apply --transform spline.tfm --image moving.nii.gz --out out.nii.gz", "--reference is missing"),
+    "nothing to apply to": ("apply --transform spline.tfm --out out.nii.gz", "one of the arguments --image"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line(files, capsys, case):
+    text, message = MISTAKES[case]
+    with pytest.raises(SystemExit) as stopped:
+        main(command(files, text))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(f"^error: .*{message}", line)
+    assert not (files / "out").exists() or not list((files / "out").iterdir())
