@@ -1,8 +1,8 @@
 """GridReg on brain images, by default on the embedded cohort; `:paper` for the paper's data set 3 (LUMIR).
 
-    python train.py --config=configs/brain.py
-    python train.py --config=configs/brain.py --config.data.pairs=pairs.csv --workdir=runs/mine
-    python train.py --config=configs/brain.py:paper --config.data.subjects=subjects.csv
+python train.py --config=configs/brain.py
+python train.py --config=configs/brain.py --config.data.pairs=pairs.csv --workdir=runs/mine
+python train.py --config=configs/brain.py:paper --config.data.subjects=subjects.csv
 """
 
 from ml_collections import ConfigDict

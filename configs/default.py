@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.model.bound = 0.0  # largest displacement of a control point in half lattices; 0: free
     config.model.bayesian = False  # True: also predict the uncertainty of every control point
     config.model.contrast_window = 9  # voxels an axis; intensities are normalised locally before the encoder
+    config.model.precision = "float32"  # of the encoder; "bfloat16" on accelerators
     config.model.iterations = 2  # runs of the network, each on what the one before has warped; the paper's: 1
 
     config.data = ConfigDict()
@@ -45,8 +46,9 @@ def get_config() -> ConfigDict:
     config.loss.grid = 1.0
     config.loss.dice = 0.0
     config.loss.bending = 10.0  # per squared voxel; `paper` below converts the paper's
-    config.loss.entropy = 0.01  # of a Bayesian head's posterior (the paper's lambda_0)
-    config.loss.samples = 2  # maps drawn from it
+    config.loss.uncertainty = 0.1  # uncertainty-weighted similarity, which teaches a Bayesian head its variance
+    config.loss.penalty = 1.0  # of that variance (the paper's lambda_0)
+    config.loss.samples = 2  # maps drawn from a Bayesian head's posterior
 
     config.augmentation = ConfigDict()  # see `gridreg_jax.augment`
     config.augmentation.flip = 0.0

@@ -1,7 +1,7 @@
 """GridReg on pelvic MR of different patients, with organ masks (the paper's data set 2).
 
-    python train.py --config=configs/pelvis.py --config.data.pairs=pairs.csv
-    python train.py --config=configs/pelvis.py:cpu --config.data.pairs=pairs.csv   # half the resolution
+python train.py --config=configs/pelvis.py --config.data.pairs=pairs.csv
+python train.py --config=configs/pelvis.py:cpu --config.data.pairs=pairs.csv   # half the resolution
 """
 
 from ml_collections import ConfigDict

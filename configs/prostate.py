@@ -1,7 +1,7 @@
 """GridReg on prostate MR of one patient at two visits, with gland masks (the paper's data set 1).
 
-    python train.py --config=configs/prostate.py --config.data.pairs=pairs.csv
-    python train.py --config=configs/prostate.py:cpu --config.data.subjects=subjects.csv   # a laptop, small images
+python train.py --config=configs/prostate.py --config.data.pairs=pairs.csv
+python train.py --config=configs/prostate.py:cpu --config.data.subjects=subjects.csv   # a laptop, small images
 """
 
 from ml_collections import ConfigDict

@@ -230,7 +230,7 @@ def test_instance_optimisation_raises_the_similarity_of_every_case(trained, tmp_
 def test_a_bayesian_run_writes_its_uncertainty(subjects_csv, tmp_path):
     changes = dict(model__bayesian=True, grid_sizes=(5,), steps=6, val_every=6)
     summary = run(tiny_config(subjects_csv, **changes), tmp_path)
-    assert {"image", "entropy", "loss"} < read_metrics(tmp_path)[0].keys()
+    assert {"image", "uncertainty", "loss"} < read_metrics(tmp_path)[0].keys()
     correlation = summary["metrics"]["sigma_error_spearman"]
     rows = cases(tmp_path / "evaluation")
     np.testing.assert_allclose(correlation["after"], np.mean([float(row["sigma_error_spearman"]) for row in rows]))
@@ -244,8 +244,8 @@ def test_a_bayesian_run_writes_its_uncertainty(subjects_csv, tmp_path):
 NO_OPTION = "the config has no such option: "
 BAD_FLAGS = {
     "an unknown variant": ("train.py", ["--config=configs/brain.py:big"], "brain.py:big: there is no such variant"),
-    "a misspelt option": ("train.py", ["--config.optimzer.learning_rate=1"], f'{NO_OPTION}.*Did you mean optimizer'),
-    "in a group": ("train.py", ["--config.optimizer.learning_rat=1"], f'{NO_OPTION}.*Did you mean learning_rate'),
+    "a misspelt option": ("train.py", ["--config.optimzer.learning_rate=1"], f"{NO_OPTION}.*Did you mean optimizer"),
+    "in a group": ("train.py", ["--config.optimizer.learning_rat=1"], f"{NO_OPTION}.*Did you mean learning_rate"),
     "like no option": ("train.py", ["--config.zzz=1"], f"{NO_OPTION}.*zzz"),
     "a value of another kind": ("train.py", ["--config.steps=many"], "--config.steps=many: .*'many'$"),
     "a config that is not there": ("train.py", ["--config=configs/none.py"], "configs/none.py"),

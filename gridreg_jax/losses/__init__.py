@@ -2,7 +2,7 @@
 
 from gridreg_jax.losses.overlap import soft_dice
 from gridreg_jax.losses.regularity import bending_energy, bending_energy_of_map, diffusion_energy
-from gridreg_jax.losses.similarity import lncc, mind, mse, ncc, nmi, uncertainty_weighted_mse
+from gridreg_jax.losses.similarity import lncc, mind, mse, ncc, nmi, normalised_residual, uncertainty_weighted_mse
 
 SIMILARITIES = {"mse": mse, "lncc": lncc, "ncc": ncc, "nmi": nmi, "mind": mind}
 REGULARISERS = {"bending": bending_energy, "diffusion": diffusion_energy}
@@ -19,5 +19,6 @@ __all__ = [
     "ncc",
     "nmi",
     "soft_dice",
+    "normalised_residual",
     "uncertainty_weighted_mse",
 ]

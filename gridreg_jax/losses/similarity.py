@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, Shaped
 
-from gridreg_jax.conv import box_sum
+from gridreg_jax.conv import box_sum, local_norm
 from gridreg_jax.errors import InputError
 
 Image = Num[Array, "N X Y Z C"]
@@ -35,27 +35,37 @@ def mse(fixed: Image, warped: Image, *, mask: Mask | None = None) -> Float[Array
 
 
 def uncertainty_weighted_mse(
-    fixed: Image, warped: Image, variance: Float[Array, "N X Y Z"], *, penalty: float = 1.0, mask: Mask | None = None
+    fixed: Image, warped: Image, variance: Float[Array, "N X Y Z 3"], *, penalty: float = 1.0, mask: Mask | None = None
 ) -> Float[Array, " N"]:
-    """Squared difference that a predicted variance discounts: `(F - W)^2 / (2 variance) + penalty / 2 log(variance)`.
+    """Squared difference that the uncertainty of the displacement discounts: `r^2 / (2 s^2) + penalty / 2 log(s^2)`.
 
-    With `penalty=1` it is the negative log-likelihood of a Gaussian error (less a constant), smallest where the
-    variance equals the expected squared difference. The paper names such a weighting and its penalty but not the
-    formula; this form is the project's. Over several Monte-Carlo displacements, take the mean of the values.
+    r is the difference of the locally normalised images, and `s^2 = sum_c variance_c (d F / d x_c)^2` plus a floor its
+    variance to first order: what an uncertain displacement makes of the fixed image's gradient. With `penalty=1` the
+    value is the negative log-likelihood of a Gaussian difference (less a constant), smallest where s^2 is the expected
+    r^2. The paper names such a weighting and its penalty but not the formula; this form is the project's.
 
     Args:
       fixed, warped: images on one lattice.
-      variance: above 0 everywhere, on the same lattice: the mean over the components of the displacement's variance
-        (squared voxels) plus the caller's floor, which keeps the quotient bounded.
+      variance: of the displacement's components, squared voxels.
       penalty: weight of the term that keeps the variance from growing (the paper's lambda_0).
       mask: weight of each voxel.
 
-    Source: after Yan et al., Medical Physics 2026, §3.2; Kendall & Gal, NeurIPS 2017.
+    Source: after Yan et al., Medical Physics 2026, §3.1; Kendall & Gal, NeurIPS 2017.
     """
     fixed, warped, weight = _as_float(fixed, warped, mask)
-    variance = variance.astype(jnp.float32)[..., None]
-    loss = (fixed - warped) ** 2 / (2 * variance) + 0.5 * penalty * jnp.log(variance)
-    return jnp.mean(_mean(loss, weight), axis=-1)
+    residual, steepness = normalised_residual(fixed, warped)
+    spread = jnp.sum(variance.astype(jnp.float32) * steepness, axis=-1, keepdims=True) + 0.02
+    return jnp.mean(_mean(residual / (2 * spread) + 0.5 * penalty * jnp.log(spread), weight), axis=-1)
+
+
+def normalised_residual(
+    fixed: Float[Array, "N X Y Z 1"], warped: Float[Array, "N X Y Z 1"]
+) -> tuple[Float[Array, "N X Y Z 1"], Float[Array, "N X Y Z 3"]]:
+    """Squared difference of the images normalised in boxes of 5 voxels, and the fixed one's squared derivatives
+    (central differences, per voxel), which are comparable wherever there is contrast, be it strong or faint."""
+    fixed, warped = (local_norm(image, 5) for image in (fixed, warped))
+    steepness = jnp.concatenate([jnp.gradient(fixed, axis=axis) ** 2 for axis in (1, 2, 3)], axis=-1)
+    return (fixed - warped) ** 2, steepness
 
 
 def ncc(fixed: Image, warped: Image, *, mask: Mask | None = None) -> Float[Array, " N"]:

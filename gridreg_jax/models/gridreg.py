@@ -8,13 +8,14 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from gridreg_jax.conv import local_norm
 from gridreg_jax.errors import InputError
+from gridreg_jax.losses import normalised_residual
 from gridreg_jax.models.layers import (
     CrossAttention,
     FeatureMap,
     build_encoder,
     feature_coordinates,
-    local_norm,
     position_encoding,
     resample_features,
 )
@@ -47,12 +48,15 @@ class GridReg(nn.Module):
       interpolator: "trilinear", "bspline" or "gaussian".
       bound: largest displacement that one run of the network gives a control point, in half lattices (the paper's tanh
         has 1); 0: free.
-      bayesian: also predict the log variance of every control point (paper, section 3.1, Bayesian grid transformer).
+      bayesian: also predict the log variance of every control point (paper, section 3.1, Bayesian grid transformer):
+        what the images say it is where the map leaves them (`_observed_variance`), on a scale that training finds.
       contrast_window: voxels an axis (odd) of the box in which intensities are normalised before the encoder; 0: none.
       iterations: how often the network runs, each time on the moving image as it is warped so far; the control grids
         add up, so the map stays one control grid. 1 is the paper's network; more is an addition of this library. In
         training, as many runs as a draw of the stream "iterations" says come first and are taken as given, and the
         gradient is that of one more: every run learns to be the last.
+      precision: of the encoder, nearly all of the arithmetic: "float32", or "bfloat16" for accelerators. Parameters,
+        statistics, and whatever follows the encoder stay in float32.
     """
 
     encoder: str = "strided"
@@ -71,6 +75,7 @@ class GridReg(nn.Module):
     bayesian: bool = False
     iterations: int = 1
     contrast_window: int = 0
+    precision: str = "float32"
 
     @nn.compact
     def __call__(
@@ -93,6 +98,8 @@ class GridReg(nn.Module):
         check_grid_size(grid_size, self.interpolator)
         if self.contrast_window and self.contrast_window % 2 == 0:
             raise InputError(f"model.contrast_window is {self.contrast_window}: give an odd number of voxels, or 0")
+        if self.precision not in ("float32", "bfloat16"):
+            raise InputError(f"model.precision is {self.precision!r}: give 'float32' or 'bfloat16'")
         if self.iterations < 1:
             raise InputError(f"model.iterations is {self.iterations}: give 1 or more")
         if self.bound < 0:
@@ -101,21 +108,20 @@ class GridReg(nn.Module):
 
         def run(found, network):
             # What was found so far is given, not revised: no gradient passes through the images that it warped.
-            displacement = interpolate(jax.lax.stop_gradient(found[0]), shape, method=self.interpolator)
-            increment, log_variance = network(fixed, warp(moving, displacement), grid_size)
-            return found[0] + increment, log_variance
+            displacement = interpolate(jax.lax.stop_gradient(found), shape, method=self.interpolator)
+            return found + network(fixed, warp(moving, displacement), grid_size)
 
-        zeros = jnp.zeros((fixed.shape[0], *grid_size, 3), fixed.dtype)
-        found = (zeros, zeros if self.bayesian else None)  # control grid and log variance
+        control_grid = jnp.zeros((fixed.shape[0], *grid_size, 3), fixed.dtype)
         if train and self.iterations > 1:
             before = jax.random.randint(self.make_rng("iterations"), (), 0, self.iterations)
-            once, params = self.clone(parent=None, iterations=1), jax.lax.stop_gradient(self.variables)
+            once = self.clone(parent=None, iterations=1, bayesian=False)
+            params = jax.lax.stop_gradient(self.variables)
 
             def given(fixed, warped, grid_size):
-                prediction = once.apply(params, fixed, warped, grid_size=grid_size)
-                return prediction.control_grid, prediction.log_variance
+                return once.apply(params, fixed, warped, grid_size=grid_size).control_grid
 
-            found = run(jax.lax.fori_loop(0, before, lambda _, found: run(found, given), found), self._run)
+            control_grid = jax.lax.fori_loop(0, before, lambda _, found: run(found, given), control_grid)
+            control_grid = run(control_grid, self._run)
         else:
             # A scan with shared weights: the network is compiled once, however often it runs.
             repeated = nn.scan(
@@ -124,38 +130,54 @@ class GridReg(nn.Module):
                 split_rngs={"params": False},
                 length=self.iterations,
             )
-            found, _ = repeated(self, found, None)
-        control_grid, log_variance = found
-        variance = None
+            control_grid, _ = repeated(self, control_grid, None)
+        displacement = interpolate(control_grid, shape, method=self.interpolator)
+        log_variance = variance = None
         if self.bayesian:
+            warped = warp(moving, jax.lax.stop_gradient(displacement))
+            observed = jnp.log(self._observed_variance(fixed, warped, grid_size))
+            log_variance = observed + self.param("log_variance", nn.initializers.zeros_init(), (3,))
             variance = interpolate_variance(jnp.exp(log_variance), shape, method=self.interpolator)
         return Prediction(
-            displacement=interpolate(control_grid, shape, method=self.interpolator),
+            displacement=displacement,
             control_grid=control_grid,
             control_displacement=interpolate_at_controls(control_grid, method=self.interpolator),
             log_variance=log_variance,
             variance=variance,
         )
 
-    def _run(self, fixed, moving, grid_size):
-        """One run of the network: control grid of the map from fixed to moving, and its log variance or None."""
+    def _run(self, fixed, moving, grid_size) -> Float[Array, "N gx gy gz 3"]:
+        """One run of the network: control grid of the map from fixed to moving."""
         shape = fixed.shape[1:4]
         images = jnp.concatenate([fixed, moving], axis=-1)
         if self.contrast_window:
             images = local_norm(images, self.contrast_window)
         fields = dict(levels=self.levels, width=self.width, downsampled=self.downsampled)
-        state = self._decode(build_encoder(self.encoder, **fields, name="encoder")(images), grid_size, shape)
+        encoder = build_encoder(self.encoder, **fields, name="encoder")
+        pyramid = encoder(images.astype(self.precision))
+        pyramid = [level._replace(features=level.features.astype(jnp.float32)) for level in pyramid]
+        state = self._decode(pyramid, grid_size, shape)
 
         # Zero weights: the map starts at the identity. Normalised units, 1 = half the lattice, as in the paper.
         head = nn.Dense(3, kernel_init=nn.initializers.zeros_init(), name="head")(state)
         if self.bound:
             head = self.bound * jnp.tanh(head / self.bound)
-        control_grid = head * jnp.asarray([(size - 1) / 2 for size in shape], head.dtype)
-        if not self.bayesian:
-            return control_grid, None
-        # From a deviation of about a third of a voxel, and within about 0.01 and 15 voxels, smoothly.
-        free = nn.Dense(3, kernel_init=nn.initializers.zeros_init(), name="log_variance")(state)
-        return control_grid, 7.0 * jnp.tanh(free / 7.0) - 2.0
+        return head * jnp.asarray([(size - 1) / 2 for size in shape], head.dtype)
+
+    def _observed_variance(self, fixed, warped, grid_size) -> Float[Array, "N gx gy gz 1"]:
+        """Variance (squared voxels) of a component of the displacement around every control point, from the images.
+
+        A displacement e away from the right one leaves the difference `grad F . e`, to first order. So the mean squared
+        difference over the mean squared gradient, both over a cell of the grid, is the variance of a component of e. It
+        is kept from growing where there is no gradient, and away from 0 where there is no difference.
+        """
+        residual, steepness = normalised_residual(fixed, warped)
+        points = [
+            control_positions(self.interpolator, g) * (size - 1)
+            for g, size in zip(grid_size, fixed.shape[1:4], strict=True)
+        ]
+        steepness = resample_features(steepness.sum(-1, keepdims=True), points)
+        return resample_features(residual, points) / (steepness + 0.02) + 1e-4
 
     def _decode(self, pyramid: list[FeatureMap], grid_size, shape) -> Float[Array, "N gx gy gz C"]:
         """Features of the control points, from which the heads read their values."""

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from gridreg_jax.attention import window_attention
-from gridreg_jax.conv import Conv3D, box_sum
+from gridreg_jax.conv import Conv3D
 from gridreg_jax.errors import InputError
 
 # Angular frequencies per unit of normalised position, at most 3 pi: control points of the smallest grid (4 an axis) are
@@ -23,32 +23,11 @@ WIDTHS = (1, 2, 2, 4, 4, 8, 8, 16, 16)
 
 
 def instance_norm(x: Float[Array, "N X Y Z C"], *, epsilon: float = 1e-5) -> Float[Array, "N X Y Z C"]:
-    """Zero mean and unit variance of every channel of every sample over its voxels (no parameters)."""
-    mean = x.mean(axis=(1, 2, 3), keepdims=True)
-    variance = jnp.square(x - mean).mean(axis=(1, 2, 3), keepdims=True)
-    return (x - mean) * jax.lax.rsqrt(variance + epsilon)
-
-
-def local_norm(x: Float[Array, "N X Y Z C"], window: int, *, epsilon: float = 0.05) -> Float[Array, "N X Y Z C"]:
-    """Zero mean and about unit deviation in a box of `window`^3 voxels around every voxel.
-
-    Faint structure inside an organ then weighs as much as its outline. `epsilon` is the deviation (intensities in
-    [0, 1]) below which a region counts as flat, so that noise is not blown up.
-    """
-
-    def box_mean(values):
-        values = box_sum(values, window, (window // 2, window // 2))
-        for axis in (1, 2, 3):
-            size = values.shape[axis]
-            place = np.arange(size)
-            # Cut at the borders: how many voxels of the box exist.
-            count = np.minimum(place, window // 2) + np.minimum(size - 1 - place, window // 2) + 1
-            values = values / count.reshape([size if a == axis else 1 for a in range(5)]).astype(np.float32)
-        return values
-
-    mean = box_mean(x)
-    variance = jnp.maximum(box_mean(x * x) - mean**2, 0)
-    return (x - mean) * jax.lax.rsqrt(variance + epsilon**2)
+    """Zero mean and unit variance of every channel of every sample over its voxels, no parameters; in the type of x."""
+    values = x.astype(jnp.float32)
+    mean = values.mean(axis=(1, 2, 3), keepdims=True)
+    variance = jnp.square(values - mean).mean(axis=(1, 2, 3), keepdims=True)
+    return ((values - mean) * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
 
 
 class FeatureMap(NamedTuple):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map, soft_dice
+from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map, soft_dice, uncertainty_weighted_mse
 from gridreg_jax.models import Prediction
 from gridreg_jax.transforms.interpolation import control_positions, interpolate, interpolate_at_controls
 from gridreg_jax.transforms.warp import sample, warp
@@ -23,17 +23,17 @@ def objective(
     grid: float = 1.0,
     dice: float = 0.0,
     bending: float = 1.0,
-    entropy: float = 0.0,
+    uncertainty: float = 0.0,
+    penalty: float = 1.0,
     samples: int = 1,
     keys: jax.Array | None = None,
 ) -> tuple[Float[Array, " N"], dict[str, Float[Array, " N"]]]:
     """Weighted sum of the terms, and the terms themselves, one value a case.
 
     With a Bayesian head the similarities are means over maps drawn from the predicted posterior, by reparameterisation
-    `u_s = mean + sigma * noise_s` (paper, section 3.1), and `-entropy / 2 * log sigma^2` keeps the posterior from
-    collapsing: sigma grows where a displacement costs no similarity, and shrinks where correspondence is clear. The
-    paper describes this behaviour and a penalty lambda_0; the formula is the project's (a variational free energy, as
-    in Dalca et al., MICCAI 2018).
+    `u_s = mean + sigma * noise_s` (paper, section 3.1), and the uncertainty-weighted similarity of the mean map teaches
+    the variance. The two do not mix: a similarity that a variance can discount teaches a network to give up where it
+    fits badly (Seitzer et al., ICLR 2022), and one that noise can only worsen teaches the variance to vanish.
 
     Args:
       batch: `fixed`, `moving` `[N, X, Y, Z, 1]`; with `dice`, also compact `fixed_labels`, `moving_labels`.
@@ -43,7 +43,8 @@ def objective(
         points.
       image, grid, dice, bending: weights; a term of weight 0 is not computed. `bending` is in voxel units: the
         paper's 2e5, for displacements in half volumes, is `2e5 (2 / X)^2` here, 49 at 128 voxels an axis.
-      entropy: weight of the Bayesian posterior's entropy (the paper's lambda_0).
+      uncertainty: weight of the uncertainty-weighted similarity of a Bayesian head's mean map.
+      penalty: in it, of the variance (the paper's lambda_0; 1 is a likelihood).
       samples: maps drawn from the posterior.
       keys: `[N]`, one an example, for these draws.
     """
@@ -63,8 +64,9 @@ def objective(
     if bending:
         terms["bending"] = bending_energy_of_map(prediction.displacement, prediction.control_grid, interpolator)
     if prediction.log_variance is not None:
-        terms["entropy"] = -0.5 * prediction.log_variance.mean((1, 2, 3, 4))
-    weights = dict(image=image, grid=grid, dice=dice, bending=bending, entropy=entropy)
+        warped = warp(moving, jax.lax.stop_gradient(prediction.displacement))
+        terms["uncertainty"] = uncertainty_weighted_mse(fixed, warped, prediction.variance, penalty=penalty)
+    weights = dict(image=image, grid=grid, dice=dice, bending=bending, uncertainty=uncertainty)
     return sum(weights[name] * value for name, value in terms.items()), terms
 
 
@@ -73,11 +75,14 @@ def _mean(values):
 
 
 def _draw(prediction, keys, samples, shape, interpolator) -> list[Prediction]:
-    """Predictions drawn from the posterior of the control grid (paper, section 3.1)."""
-    mean, deviation = prediction.control_grid, jnp.exp(0.5 * prediction.log_variance)
+    """Predictions drawn from the posterior of the control grid (paper, section 3.1).
+
+    In pairs on either side of the mean, so that what the noise adds to the gradient cancels to first order.
+    """
+    mean, deviation = prediction.control_grid, jnp.exp(0.5 * jax.lax.stop_gradient(prediction.log_variance))
+    half = jax.vmap(lambda key: jax.random.normal(key, ((samples + 1) // 2, *mean.shape[1:])), out_axes=1)(keys)
     drawn = []
-    for sample_keys in jax.vmap(lambda key: jax.random.split(key, samples), out_axes=1)(keys):
-        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(sample_keys)
+    for noise in jnp.concatenate([half, -half])[:samples]:
         control_grid = mean + deviation * noise
         drawn.append(
             Prediction(

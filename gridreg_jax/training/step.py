@@ -155,7 +155,7 @@ def compile_steps(
     """
     # One after the other: XLA uses all cores for one program, and takes more than a gigabyte while it does.
     compiled = {grid_size: step.lower(state, batch, grid_size).compile() for grid_size in grid_sizes}
-    needed = {grid_size: _bytes_needed(program) for grid_size, program in compiled.items()}
+    needed = {grid_size: bytes_needed(program) for grid_size, program in compiled.items()}
     largest = max(needed, key=needed.get)
     available = memory_available()
     if available and needed[largest] > available:
@@ -166,7 +166,7 @@ def compile_steps(
     return compiled, needed[largest]
 
 
-def _bytes_needed(program) -> int:
+def bytes_needed(program) -> int:
     """Peak memory of a program: arguments, temporaries, and outputs that do not take the place of arguments."""
     sizes = program.memory_analysis()
     if sizes is None:  # not every backend tells

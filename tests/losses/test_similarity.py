@@ -8,6 +8,7 @@ import pytest
 from scipy import ndimage
 
 from gridreg_jax import losses
+from gridreg_jax.conv import local_norm
 from gridreg_jax.errors import InputError
 
 SHAPE = (11, 9, 10)
@@ -179,18 +180,30 @@ def test_mse_and_its_mask():
 
 def test_uncertainty_weighted_mse():
     fixed, warped = image_pair()
-    squared = (fixed - warped) ** 2
-    variance = 0.1 + np.random.default_rng(3).random(SHAPE)
+    variance = 0.1 + np.random.default_rng(3).random((*SHAPE, 3))
+    found = losses.uncertainty_weighted_mse(batch(fixed), batch(warped), jnp.asarray(variance[None]), penalty=0.3)
+    normed, other = (np.asarray(local_norm(batch(image), 5), float)[0, ..., 0] for image in (fixed, warped))
+    spread = sum(variance[..., axis] * slope**2 for axis, slope in enumerate(np.gradient(normed))) + 0.02
+    expected = np.mean((normed - other) ** 2 / (2 * spread) + 0.3 * 0.5 * np.log(spread))
+    assert float(found[0]) == pytest.approx(expected, rel=1e-4)
 
-    def loss(variance, penalty):
-        spread = jnp.asarray(np.broadcast_to(variance, SHAPE)[None], jnp.float32)
-        return float(losses.uncertainty_weighted_mse(batch(fixed), batch(warped), spread, penalty=penalty)[0])
 
-    expected = np.mean(squared / (2 * variance) + 0.3 * 0.5 * np.log(variance))
-    assert loss(variance, 0.3) == pytest.approx(expected, rel=1e-5)
-    # A variance of 1 costs nothing and leaves half the squared error; the best constant is the mean squared error.
-    assert loss(1.0, 5.0) == pytest.approx(squared.mean() / 2, rel=1e-5)
-    assert all(loss(squared.mean(), 1.0) < loss(squared.mean() * factor, 1.0) for factor in (0.8, 1.25))
+def test_the_likeliest_variance_is_the_squared_error_of_the_displacement():
+    """An image displaced at random: the best constant variance is about the mean square of a component's error."""
+    rng = np.random.default_rng(0)
+    shape, deviation = (40, 40, 40), 0.3
+    image = ndimage.gaussian_filter(rng.normal(size=shape), 1.0)
+    image = (image - image.min()) / np.ptp(image)
+    error = np.stack([ndimage.gaussian_filter(rng.normal(size=shape), 4.0) for _ in range(3)])
+    error *= deviation / error.std()
+    displaced = ndimage.map_coordinates(image, np.indices(shape) + error, order=3, mode="nearest")
+
+    def loss(factor):
+        variance = jnp.full((1, *shape, 3), factor * deviation**2)
+        return float(losses.uncertainty_weighted_mse(batch(image), batch(displaced), variance)[0])
+
+    candidates = [0.25, 0.5, 1.0, 2.0, 4.0]
+    assert min(candidates, key=loss) == 1.0
 
 
 def test_ncc_is_one_less_the_correlation():

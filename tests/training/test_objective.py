@@ -19,6 +19,7 @@ def predict(control_grid, log_variance=None):
         control_grid=control_grid,
         control_displacement=interpolate_at_controls(control_grid),
         log_variance=log_variance,
+        variance=None if log_variance is None else interpolate_variance(jnp.exp(log_variance), SHAPE),
     )
 
 
@@ -60,9 +61,10 @@ def test_maps_of_a_certain_posterior_are_its_mean():
     batch, control_grid = random_case()
     certain = predict(control_grid, jnp.full_like(control_grid, -40.0))
     plain, terms = objective(predict(control_grid), batch, **PLAIN)
-    drawn, bayesian_terms = objective(certain, batch, **PLAIN, samples=3, entropy=0.0, keys=keys())
+    drawn, bayesian_terms = objective(certain, batch, **PLAIN, samples=3, keys=keys())
     np.testing.assert_allclose(plain, drawn, rtol=1e-5)
-    np.testing.assert_allclose(bayesian_terms["entropy"], [20.0, 20.0])
+    for name in terms:
+        np.testing.assert_allclose(bayesian_terms[name], terms[name], rtol=1e-5)
 
 
 def test_the_expected_squared_difference_of_a_ramp_is_the_propagated_variance():
@@ -82,7 +84,7 @@ def test_the_expected_squared_difference_of_a_ramp_is_the_propagated_variance():
 def test_draws_depend_on_the_example_and_not_on_its_batch():
     batch, control_grid = random_case()
     log_variance = jnp.zeros_like(control_grid)
-    options = PLAIN | dict(samples=2, entropy=0.1)
+    options = PLAIN | dict(samples=2, uncertainty=0.1)
     both, _ = objective(predict(control_grid, log_variance), batch, **options, keys=keys())
     for case in range(2):
         part = {name: array[case : case + 1] for name, array in batch.items()}
@@ -91,19 +93,17 @@ def test_draws_depend_on_the_example_and_not_on_its_batch():
         np.testing.assert_allclose(one[0], both[case], rtol=1e-5)
 
 
-def test_entropy_widens_the_posterior_where_nothing_can_be_seen():
-    """On a flat image only the entropy acts; on a textured one the similarity holds it back."""
-    batch, control_grid = random_case(cases=1)
-    flat = {name: jnp.full_like(batch[name], 0.5) for name in ("fixed", "moving")}
-    options = PLAIN | dict(grid=0.0, bending=0.0, samples=4, entropy=0.01)
+def test_the_uncertainty_weighted_similarity_teaches_the_variance_and_not_the_mean():
+    batch, control_grid = random_case()
 
-    def slope(images):
-        def loss(log_variance):
-            return objective(predict(jnp.zeros_like(control_grid), log_variance), images, **options, keys=keys(1))[0][0]
+    def loss(control_grid, log_variance, penalty=1.0):
+        prediction = predict(control_grid, log_variance)
+        nothing = dict(image=0.0, grid=0.0, bending=0.0)
+        return objective(prediction, batch, **PLAIN, **nothing, uncertainty=1.0, penalty=penalty, keys=keys())[0].sum()
 
-        return jax.grad(loss)(jnp.zeros_like(control_grid))
-
-    entropy_alone = -0.5 * 0.01 / control_grid.size
-    np.testing.assert_allclose(slope(flat), np.full(control_grid.shape, entropy_alone), rtol=1e-4)
-    textured = {name: batch["fixed"] for name in ("fixed", "moving")}
-    assert slope(textured).mean() > abs(entropy_alone)
+    start = jnp.zeros_like(control_grid)
+    of_mean, of_variance = jax.grad(loss, argnums=(0, 1))(control_grid, start)
+    np.testing.assert_array_equal(of_mean, 0)
+    assert np.all(np.abs(of_variance) > 0)
+    # A dearer variance is a smaller one.
+    assert np.all(jax.grad(loss, argnums=1)(control_grid, start, 10.0) > of_variance)
