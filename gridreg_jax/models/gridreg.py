@@ -122,6 +122,8 @@ class GridReg(nn.Module):
 
             control_grid = jax.lax.fori_loop(0, before, lambda _, found: run(found, given), control_grid)
             control_grid = run(control_grid, self._run)
+        elif self.iterations == 1:
+            control_grid = self._run(fixed, moving, grid_size)
         else:
             # A scan with shared weights: the network is compiled once, however often it runs.
             repeated = nn.scan(

@@ -48,8 +48,7 @@ def corners(points: Float[Array, "*P 3"], shape: tuple[int, int, int]):
 
 def sample(volume: Num[Array, "X Y Z C"], points: Float[Array, "*P 3"]) -> Float[Array, "*P C"]:
     """Trilinear values of a volume at voxel coordinates, with border padding."""
-    flat = volume.reshape(-1, volume.shape[-1])
-    return sum(flat[index] * weight[..., None] for index, weight in corners(points, volume.shape[:3]))
+    return _sample(volume[None], *(points[None, ..., axis] for axis in range(3)))[0]
 
 
 def warp(volume: Num[Array, "N X Y Z C"], displacement: Float[Array, "N x y z 3"]) -> Float[Array, "N x y z C"]:
@@ -59,8 +58,37 @@ def warp(volume: Num[Array, "N X Y Z C"], displacement: Float[Array, "N x y z 3"
       volume: what is sampled (the moving image).
       displacement: voxels, component c along axis c, on the fixed lattice (whose size may differ).
     """
-    points = identity_grid(displacement.shape[1:4]) + displacement
-    return jax.vmap(sample)(volume, points)
+    places = (
+        jnp.arange(size, dtype=jnp.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+        for axis, size in enumerate(displacement.shape[1:4])
+    )
+    return _sample(volume, *(displacement[..., axis] + place for axis, place in enumerate(places)))
+
+
+def _sample(volume, *coordinates):
+    """Values of `[N, X, Y, Z, C]` at the coordinates `[N, ...]`, one array an axis."""
+    volume = volume.astype(jnp.promote_types(volume.dtype, jnp.float32))
+    sizes = volume.shape[1:4]
+    strides = (sizes[1] * sizes[2], sizes[2], 1)
+    base = jnp.arange(len(volume)).reshape(-1, *[1] * (coordinates[0].ndim - 1)) * (sizes[0] * strides[0])
+    fractions = []
+    for coordinate, size, stride in zip(coordinates, sizes, strides, strict=True):
+        clamped = jnp.clip(coordinate, 0, size - 1)
+        # The last cell is closed on both sides, so that its upper corner exists; a single slice has no cell. Clipped
+        # as a whole number, so that not even a NaN leads outside.
+        low = jnp.clip(clamped.astype(jnp.int32), 0, max(size - 2, 0))
+        base += low * stride
+        fractions.append(clamped - low)
+
+    def along(flat, axis, offset):
+        if axis == 3:
+            return flat.at[base + offset].get(mode="promise_in_bounds")
+        step = strides[axis] if sizes[axis] > 1 else 0
+        low, high = along(flat, axis + 1, offset), along(flat, axis + 1, offset + step)
+        return low * (1 - fractions[axis]) + high * fractions[axis]  # exact at both ends
+
+    # A channel and a coordinate at a time: on the CPU, arrays with a short last axis take several times as long.
+    return jnp.stack([along(volume[..., c].ravel(), 0, 0) for c in range(volume.shape[-1])], axis=-1)
 
 
 def warp_labels(labels: Num[Array, "N X Y Z"], displacement: Float[Array, "N x y z 3"]) -> Num[Array, "N x y z"]:
