@@ -1,11 +1,19 @@
-"""What training minimises: similarity at image and grid level, overlap, and bending energy (paper, section 3.3)."""
+"""What training minimises: similarity at image and grid level, overlap, and smoothness (paper, section 3.3)."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map, soft_dice, uncertainty_weighted_mse
+from gridreg_jax.errors import InputError
+from gridreg_jax.losses import (
+    SIMILARITIES,
+    bending_energy_of_map,
+    diffusion_energy,
+    kl_to_smooth,
+    soft_dice,
+    uncertainty_weighted_mse,
+)
 from gridreg_jax.models import Prediction
 from gridreg_jax.transforms.interpolation import control_positions, interpolate, interpolate_at_controls
 from gridreg_jax.transforms.warp import sample, warp
@@ -23,6 +31,9 @@ def objective(
     grid: float = 1.0,
     dice: float = 0.0,
     bending: float = 1.0,
+    gradient: float = 0.0,
+    kl: float = 0.0,
+    kl_precision: float = 10.0,
     uncertainty: float = 0.0,
     penalty: float = 1.0,
     samples: int = 1,
@@ -35,18 +46,27 @@ def objective(
     the variance. The two do not mix: a similarity that a variance can discount teaches a network to give up where it
     fits badly (Seitzer et al., ICLR 2022), and one that noise can only worsen teaches the variance to vanish.
 
+    Of a model that predicts both directions, the image term is the mean of fixed against warped moving and of moving
+    against warped fixed (Balakrishnan et al., IEEE TMI 2019, and its authors' code).
+
     Args:
       batch: `fixed`, `moving` `[N, X, Y, Z, 1]`; with `dice`, also compact `fixed_labels`, `moving_labels`.
       interpolator: of the control grid; the cubic spline's bending energy is taken in closed form.
       num_labels: labels that are scored.
       similarity, grid_similarity: names in `losses.SIMILARITIES`, for whole images and for their values at the control
         points.
-      image, grid, dice, bending: weights; a term of weight 0 is not computed. `bending` is in voxel units: the
-        paper's 2e5, for displacements in half volumes, is `2e5 (2 / X)^2` here, 49 at 128 voxels an axis.
+      image, grid, dice, bending, gradient, kl: weights; a term of weight 0 is not computed. `bending` is in voxel
+        units: the paper's 2e5, for displacements in half volumes, is `2e5 (2 / X)^2` here, 49 at 128 voxels an axis.
+        `gradient` is of the mean squared forward difference, as in VoxelMorph: of the velocity if there is one, else
+        of the displacement. VoxelMorph's code doubles it for a velocity at half resolution; here the weight does that.
+      kl_precision: of the prior that `kl` compares the velocity's posterior to (see `losses.kl_to_smooth`).
       uncertainty: weight of the uncertainty-weighted similarity of a Bayesian head's mean map.
       penalty: in it, of the variance (the paper's lambda_0; 1 is a likelihood).
       samples: maps drawn from the posterior.
       keys: `[N]`, one an example, for these draws.
+
+    Raises:
+      InputError: `kl` without a posterior of the velocity.
     """
     fixed, moving = batch["fixed"], batch["moving"]
     drawn = [prediction]
@@ -54,7 +74,7 @@ def objective(
         drawn = _draw(prediction, keys, samples, fixed.shape[1:4], interpolator)
     terms = {}
     if image:
-        terms["image"] = _mean(SIMILARITIES[similarity](fixed, warp(moving, one.displacement)) for one in drawn)
+        terms["image"] = _mean(_image_similarity(one, fixed, moving, similarity) for one in drawn)
     if grid and prediction.control_displacement is not None:
         terms["grid"] = _mean(_grid_similarity(one, fixed, moving, interpolator, grid_similarity) for one in drawn)
     if dice:
@@ -63,10 +83,18 @@ def objective(
         )
     if bending:
         terms["bending"] = bending_energy_of_map(prediction.displacement, prediction.control_grid, interpolator)
+    if gradient:
+        smooth = prediction.displacement if prediction.velocity is None else prediction.velocity
+        terms["gradient"] = diffusion_energy(smooth) / 3
+    if kl:
+        if prediction.velocity_log_variance is None:
+            raise InputError(f"loss.kl is {kl}, but the model predicts no posterior of a velocity")
+        terms["kl"] = kl_to_smooth(prediction.velocity, prediction.velocity_log_variance, precision=kl_precision)
     if prediction.log_variance is not None:
         warped = warp(moving, jax.lax.stop_gradient(prediction.displacement))
         terms["uncertainty"] = uncertainty_weighted_mse(fixed, warped, prediction.variance, penalty=penalty)
-    weights = dict(image=image, grid=grid, dice=dice, bending=bending, uncertainty=uncertainty)
+    weights = dict(image=image, grid=grid, dice=dice, bending=bending)
+    weights |= dict(gradient=gradient, kl=kl, uncertainty=uncertainty)
     return sum(weights[name] * value for name, value in terms.items()), terms
 
 
@@ -92,6 +120,14 @@ def _draw(prediction, keys, samples, shape, interpolator) -> list[Prediction]:
             )
         )
     return drawn
+
+
+def _image_similarity(prediction, fixed, moving, similarity):
+    """Similarity of the whole images, in both directions if both are predicted."""
+    alike = [(fixed, warp(moving, prediction.displacement))]
+    if prediction.inverse_displacement is not None:
+        alike.append((moving, warp(fixed, prediction.inverse_displacement)))
+    return _mean(SIMILARITIES[similarity](*pair) for pair in alike)
 
 
 def _grid_similarity(prediction, fixed, moving, interpolator, similarity):
