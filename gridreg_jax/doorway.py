@@ -54,3 +54,31 @@ def use_compilation_cache() -> None:
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         # A registration has many small programs: each is read faster than it is compiled.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def join_processes(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Join the other processes of a run on several hosts, before JAX is used; nothing without a coordinator.
+
+    Args:
+      coordinator: "host:port" of process 0; "auto" for what JAX finds out on a cluster that it knows.
+      processes, process: how many there are, and which this one is; not with "auto".
+
+    Raises:
+      InputError: one without the others, or no such cluster or coordinator.
+    """
+    explicit = (processes, process)
+    if coordinator is None and explicit != (None, None):
+        raise InputError("--processes and --process need --coordinator=host:port")
+    if coordinator is None:
+        return
+    if coordinator != "auto" and None in explicit:
+        raise InputError("--coordinator=host:port needs --processes (how many) and --process (which one, from 0)")
+    if coordinator == "auto" and explicit != (None, None):
+        raise InputError("--coordinator=auto finds --processes and --process by itself: leave them out")
+    import jax
+
+    try:
+        jax.distributed.initialize(*(() if coordinator == "auto" else (coordinator, *explicit)))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"--coordinator={coordinator}: the processes did not find each other ({reason})") from error

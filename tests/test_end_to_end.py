@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import pytest
 from configs import brain
 from gridreg_jax.data.pipeline import Dataset
 from gridreg_jax.data.preprocess import Lattice
+from gridreg_jax.doorway import join_processes
 from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation.evaluate import evaluate
 from gridreg_jax.training import loop
@@ -175,6 +177,28 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_is_the_uninterrupted_one(trained, s
     assert_same_run(trained[0], tmp_path)
 
 
+def test_two_processes_are_two_devices(trained, subjects_csv, tmp_path, monkeypatch):
+    if jax.local_device_count() != 2:
+        pytest.skip("the other run has two devices")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # one device each
+    options = [*train_options(subjects_csv, tmp_path), f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+    programs = [start("train.py", *options, f"--process={index}") for index in (0, 1)]
+    for program in programs:
+        _, errors = program.communicate(timeout=300)
+        assert program.returncode == 0, errors
+    one, other = losses(tmp_path), losses(trained[0])
+    assert [(line["kind"], line["step"]) for line in one] == [(line["kind"], line["step"]) for line in other]
+    for line, expected in zip(one, other, strict=True):
+        if line["kind"] == "train" and line["step"] <= 20:  # later on, rounding tells
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    for a, b in zip(jax.tree.leaves(final_params(tmp_path)), jax.tree.leaves(final_params(trained[0])), strict=True):
+        np.testing.assert_allclose(a, b, atol=0.05)
+    assert evaluate(tmp_path, out=tmp_path / "evaluation", notify=lambda line: None)["cases"] == 2
+
+
 def test_a_run_whose_latest_checkpoint_is_damaged_goes_back_and_ends_the_same(trained, subjects_csv, tmp_path, capsys):
     workdir = tmp_path / "copy"
     shutil.copytree(trained[0], workdir)
@@ -191,6 +215,20 @@ def test_a_finished_run_started_again_is_only_evaluated(trained, subjects_csv, t
     again = run(tiny_config(subjects_csv), trained[0])
     assert (trained[0] / "metrics.jsonl").read_text() == before
     assert again["metrics"]["dice"] == trained[1]["metrics"]["dice"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("host:1", 2, None), "--coordinator=host:port needs --processes"),
+        ((None, 2, 0), "need --coordinator=host:port"),
+        (("auto", 2, 0), "leave them out"),
+        (("auto", None, None), "did not find each other"),
+    ],
+)
+def test_processes_that_cannot_be_joined(options, message):
+    with pytest.raises(InputError, match=message):
+        join_processes(*options)
 
 
 def test_eval_on_a_list_of_pairs_at_another_grid_size(trained, subjects_csv, tmp_path):

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -20,11 +22,13 @@ from gridreg_jax.models import build, describe, has_control_grid
 from gridreg_jax.rng import generator
 from gridreg_jax.training.checkpoint import Checkpoints
 from gridreg_jax.training.step import build_run, check_batch_size, compile_steps, make_train_step, replicated, shard
-from gridreg_jax.training.writers import MetricsWriter
+from gridreg_jax.training.writers import MetricsWriter, SilentWriter
 from gridreg_jax.transforms.interpolation import check_grid_size
 
 # Largest share of folded voxels (mean over the validation pairs) of a grid size that validation may prefer.
 FOLDING_PERCENT = 0.01
+# Steps after which several processes ask one another whether to stop.
+ASK_EVERY = 10
 
 
 def fit(config: ConfigDict, workdir: str | Path) -> bool:
@@ -35,6 +39,9 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
       2. `metrics.jsonl` is cut after that step;
       3. batches, grid sizes and augmentation go on from that step: they are functions of the seed and the step.
     Ctrl-C (or SIGTERM) ends the running step, saves and returns.
+
+    Of several processes (`jax.distributed`), each loads its part of every batch, and the first one writes and reports.
+    All of them validate, so that none waits for another.
 
     Args:
       config: see `configs/default.py`.
@@ -48,11 +55,13 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
       FloatingPointError: the loss is not finite; the message names the step.
     """
     config, workdir = config.to_dict(), Path(workdir)
+    leads = jax.process_index() == 0
+    notify = tqdm.write if leads else lambda line: None
     check_config(config)
     run = build_run(config)
     # All fields, so that a run can be rebuilt when a default has changed.
     config["model"] = describe(run.model)
-    dataset = open_dataset(**config["data"], seed=config["seed"], notify=tqdm.write)
+    dataset = open_dataset(**config["data"], seed=config["seed"], notify=notify)
     interpolator = getattr(run.model, "interpolator", "")
     loss = config["loss"] | {"interpolator": interpolator, "num_labels": len(dataset.label_values)}
     if loss["dice"] and not dataset.has_labels:
@@ -64,25 +73,25 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
 
     workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(workdir) as checkpoints, _stop_requested() as stopped:
-        start, state, chosen = _initial_state(run, config, checkpoints)
-        with MetricsWriter(workdir, start=start) as writer:
+        start, state, chosen = _initial_state(run, config, checkpoints, notify)
+        with MetricsWriter(workdir, start=start) if leads else SilentWriter() as writer:
             # A terminal shows a moving bar; a log file takes a line now and then.
             look = dict(unit="step", smoothing=0.05, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
-            progress = tqdm(total=config["steps"], initial=start, **look)
-            stream = batches(
-                dataset, batch_size=config["batch_size"], seed=config["seed"], start=start, stop=config["steps"]
-            )
+            progress = tqdm(total=config["steps"], initial=start, disable=not leads, **look)
+            mine = (jax.process_index(), jax.process_count())
+            options = dict(batch_size=config["batch_size"], part=mine, seed=config["seed"])
+            stream = batches(dataset, **options, start=start, stop=config["steps"])
             steps = None  # compiled with the first batch
             waited = spent = 0.0  # seconds: for data, and in all
             pending = None  # the step in flight: at most one, its metrics are collected after the next is dispatched
             step, began = start, time.perf_counter()
-            while step < config["steps"] and not stopped():
+            while step < config["steps"] and not stopped(step):
                 grid_size = draw_grid_size(config["grid_sizes"], seed=config["seed"], step=step)
                 asked = time.perf_counter()
                 batch = shard(next(stream))
                 waiting = time.perf_counter() - asked
                 if steps is None:
-                    steps = _compile(train_step, state, batch, config["grid_sizes"])
+                    steps = _compile(train_step, state, batch, config["grid_sizes"], notify)
                     began, waiting = time.perf_counter(), 0.0  # the first batch has to be prepared
                 state, metrics = steps[grid_size](state, batch)
                 step += 1
@@ -97,7 +106,7 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
                     pending = None
                     chosen = validate(predict, state.params, dataset, config["grid_sizes"])
                     writer.write(step, "val", chosen)
-                    progress.write(_validation_line(step, chosen))
+                    notify(_validation_line(step, chosen))
                     _save(checkpoints, step, state, config, chosen, scored=True)
                     began = time.perf_counter()
                 elif step % config["checkpoint_every"] == 0:
@@ -106,10 +115,10 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
                 _record(writer, progress, *pending)
             progress.close()
             if spent:
-                tqdm.write(f"waited for data {100 * waited / spent:.1f} % of the time")
+                notify(f"waited for data {100 * waited / spent:.1f} % of the time")
         if step < config["steps"]:
             _save(checkpoints, step, state, config, chosen, scored=False)
-            tqdm.write(f"stopped at step {step} and saved; the same command goes on from there")
+            notify(f"stopped at step {step} and saved; the same command goes on from there")
             return False
     return True
 
@@ -157,7 +166,7 @@ def validate(predict: Callable, params, dataset: Dataset, grid_sizes: tuple[int,
       `grid_size` (a triple, the coarsest of equals), its `score`, and `scores` and `folding_percent` by grid size
       ("none", and None for `grid_size`, of a model that predicts no control grid).
     """
-    params = jax.device_put(params, jax.local_devices()[0])
+    params = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)  # on one device
     summaries = {}
     for size in candidates(grid_sizes):
         rows = [row for row, _ in measure(predict, params, dataset, dataset.pairs["val"], size)]
@@ -178,7 +187,7 @@ def _points(grid_size: GridSize) -> str:
     return str(grid_size[0]) if grid_size else "none"
 
 
-def _initial_state(run, config: dict, checkpoints: Checkpoints):
+def _initial_state(run, config: dict, checkpoints: Checkpoints, notify: Callable[[str], None]):
     """Step, state and validation choice to begin with: those of the latest readable checkpoint, or a new state."""
     if not checkpoints.steps():
         return 0, run.init_state(), None
@@ -191,17 +200,17 @@ def _initial_state(run, config: dict, checkpoints: Checkpoints):
             raise InputError(f"the workdir holds a run of another model ({changes}); give another --workdir")
         return run.state_shapes(replicated())
 
-    step, state, _, chosen = checkpoints.restore(shapes, order=checkpoints.steps()[::-1], notify=tqdm.write)
-    tqdm.write(f"resuming at step {step} of {config['steps']}")
+    step, state, _, chosen = checkpoints.restore(shapes, order=checkpoints.steps()[::-1], notify=notify)
+    notify(f"resuming at step {step} of {config['steps']}")
     return step, state, chosen
 
 
-def _compile(train_step: Callable, state, batch: dict, grid_sizes: tuple[int, ...]) -> dict[tuple, Callable]:
+def _compile(train_step: Callable, state, batch: dict, grid_sizes: tuple[int, ...], notify) -> dict[tuple, Callable]:
     began = time.perf_counter()
-    tqdm.write("compiling" + (f" for grid sizes {', '.join(map(str, grid_sizes))}" if grid_sizes else ""))
+    notify("compiling" + (f" for grid sizes {', '.join(map(str, grid_sizes))}" if grid_sizes else ""))
     steps, needed = compile_steps(train_step, state, batch, candidates(grid_sizes))
     memory = f"; a step needs {needed / 2**20:.0f} MiB a device" if needed else ""
-    tqdm.write(f"compiled in {time.perf_counter() - began:.0f} s{memory}")
+    notify(f"compiled in {time.perf_counter() - began:.0f} s{memory}")
     return steps
 
 
@@ -228,8 +237,11 @@ def _validation_line(step: int, chosen: dict) -> str:
 
 
 @contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Inside, the first SIGINT or SIGTERM only sets what the function returns; the second SIGINT interrupts."""
+def _stop_requested() -> Iterator[Callable[[int], bool]]:
+    """Inside, the first SIGINT or SIGTERM only sets what the function of the step returns; a second SIGINT interrupts.
+
+    Several processes must stop at the same step: they ask one another, now and then.
+    """
     requested = []
 
     def handle(number, frame):
@@ -238,12 +250,17 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
         requested.append(number)
         tqdm.write("stopping after this step; once more to stop at once")
 
+    def stopped(step: int) -> bool:
+        if jax.process_count() == 1:
+            return bool(requested)
+        return step % ASK_EVERY == 0 and bool(np.any(process_allgather(np.array(bool(requested)))))
+
     try:
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread (a notebook's worker): signals stay as they are
         previous = {}
     try:
-        yield lambda: bool(requested)
+        yield stopped
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

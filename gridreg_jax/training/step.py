@@ -1,4 +1,4 @@
-"""The training step, data parallel over the local devices: the only place that knows of `pmap`."""
+"""The training step, data parallel over all devices of all processes: the only place that knows of `pmap`."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -44,7 +44,7 @@ class Run:
     seed: int
 
     def init_state(self) -> TrainState:
-        """State at step 0, on every local device."""
+        """State at step 0, on every device."""
         # Replicated from the start: a state on one device and one on all would compile the step twice.
         return jax.jit(self._init, out_shardings=replicated())()
 
@@ -77,20 +77,28 @@ def build_run(config: dict) -> Run:
 
 
 def replicated() -> jax.sharding.NamedSharding:
-    """Sharding of a state: the same on every local device."""
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    """Sharding of a state: the same on every device."""
+    return jax.sharding.NamedSharding(_mesh(), jax.sharding.PartitionSpec())
 
 
-def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Split the batch axis over the local devices: `[N, ...]` to `[devices, N / devices, ...]`."""
-    devices = jax.local_device_count()
-    return {name: array.reshape(devices, -1, *array.shape[1:]) for name, array in batch.items()}
+def _mesh() -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(jax.devices()), (AXIS,))
+
+
+def shard(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's part of a batch, split over the devices: `[N, ...]` to `[devices, N of a device, ...]`."""
+    split = jax.sharding.NamedSharding(_mesh(), jax.sharding.PartitionSpec(AXIS))
+    return {
+        name: jax.make_array_from_process_local_data(
+            split, array.reshape(jax.local_device_count(), -1, *array.shape[1:])
+        )
+        for name, array in batch.items()
+    }
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raise `InputError` unless the local devices divide the batch."""
-    devices = jax.local_device_count()
+    """Raise `InputError` unless the devices divide the batch."""
+    devices = jax.device_count()
     if batch_size < 1 or batch_size % devices:
         above = max(devices, -(-batch_size // devices) * devices)
         raise InputError(f"batch_size {batch_size} cannot be split over {devices} devices; {above} would fit")
@@ -149,7 +157,7 @@ def make_train_step(
 
 
 def compile_steps(
-    step: Callable, state: TrainState, batch: dict[str, np.ndarray], grid_sizes: Iterable[GridSize]
+    step: Callable, state: TrainState, batch: dict[str, jax.Array], grid_sizes: Iterable[GridSize]
 ) -> tuple[dict[GridSize, Callable], int]:
     """The step compiled for every grid size, before the first one runs.
 

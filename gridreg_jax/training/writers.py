@@ -1,5 +1,6 @@
 """What a run writes while it trains: `metrics.jsonl` and TensorBoard events."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -34,6 +35,16 @@ class MetricsWriter:
         for name, value in values.items():
             if isinstance(value, float):
                 self._events.add_scalar(f"{kind}/{name}", value, step)
+
+
+class SilentWriter(contextlib.nullcontext):
+    """Of a process that is not the first: writes nothing."""
+
+    def __enter__(self) -> "SilentWriter":
+        return self
+
+    def write(self, step: int, kind: str, values: dict) -> None:
+        pass
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:

@@ -44,6 +44,14 @@ def take(dataset, start, stop, seed=3):
     return list(batches(dataset, batch_size=2, seed=seed, start=start, stop=stop))
 
 
+def test_the_parts_of_a_batch_are_the_batch(dataset):
+    (whole,) = take(dataset, 4, 5)
+    options = dict(batch_size=2, seed=3, start=4, stop=5)
+    parts = [next(batches(dataset, part=(index, 2), **options)) for index in (0, 1)]
+    for name, array in whole.items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
+
+
 def test_a_batch_is_a_function_of_seed_and_step(dataset):
     from_the_start, later, other = take(dataset, 0, 6), take(dataset, 4, 6), take(dataset, 0, 6, seed=4)
     assert (len(from_the_start), len(later)) == (6, 2)

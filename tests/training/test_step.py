@@ -120,7 +120,7 @@ def test_shard_keeps_the_order_of_the_examples():
 
 @pytest.mark.parametrize("batch_size", [0, 1, 3])
 def test_a_batch_that_cannot_be_split_is_refused_with_the_next_that_can(monkeypatch, batch_size):
-    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
     training.check_batch_size(4)
     message = f"batch_size {batch_size} cannot be split over 2 devices; {4 if batch_size == 3 else 2} would fit"
     with pytest.raises(InputError, match=message):
