@@ -68,27 +68,60 @@ def warp(volume: Num[Array, "N X Y Z C"], displacement: Float[Array, "N x y z 3"
 def _sample(volume, *coordinates):
     """Values of `[N, X, Y, Z, C]` at the coordinates `[N, ...]`, one array an axis."""
     volume = volume.astype(jnp.promote_types(volume.dtype, jnp.float32))
-    sizes = volume.shape[1:4]
+    # A channel and a coordinate at a time: on the CPU, arrays with a short last axis take several times as long.
+    return jnp.stack([_sample_channel(volume[..., c], *coordinates) for c in range(volume.shape[-1])], axis=-1)
+
+
+@jax.custom_vjp
+def _sample_channel(volume, *coordinates):
+    return _trilinear(volume, coordinates)
+
+
+def _trilinear(volume, coordinates, derivative: int | None = None):
+    """Values of `[N, X, Y, Z]` at coordinates `[N, ...]`, or their derivative for one of the three coordinates."""
+    sizes = volume.shape[1:]
     strides = (sizes[1] * sizes[2], sizes[2], 1)
     base = jnp.arange(len(volume)).reshape(-1, *[1] * (coordinates[0].ndim - 1)) * (sizes[0] * strides[0])
-    fractions = []
-    for coordinate, size, stride in zip(coordinates, sizes, strides, strict=True):
+    weights = []
+    for axis, (coordinate, size, stride) in enumerate(zip(coordinates, sizes, strides, strict=True)):
         clamped = jnp.clip(coordinate, 0, size - 1)
         # The last cell is closed on both sides, so that its upper corner exists; a single slice has no cell. Clipped
         # as a whole number, so that not even a NaN leads outside.
         low = jnp.clip(clamped.astype(jnp.int32), 0, max(size - 2, 0))
         base += low * stride
-        fractions.append(clamped - low)
+        fraction = clamped - low
+        if axis == derivative:  # a clamped coordinate does not move its value
+            inside = ((coordinate >= 0) & (coordinate <= size - 1)).astype(clamped.dtype)
+            weights.append((-inside, inside))
+        else:
+            weights.append((1 - fraction, fraction))
+    flat = volume.ravel()
 
-    def along(flat, axis, offset):
+    def along(axis, offset):
         if axis == 3:
             return flat.at[base + offset].get(mode="promise_in_bounds")
         step = strides[axis] if sizes[axis] > 1 else 0
-        low, high = along(flat, axis + 1, offset), along(flat, axis + 1, offset + step)
-        return low * (1 - fractions[axis]) + high * fractions[axis]  # exact at both ends
+        low, high = weights[axis]
+        return along(axis + 1, offset) * low + along(axis + 1, offset + step) * high
 
-    # A channel and a coordinate at a time: on the CPU, arrays with a short last axis take several times as long.
-    return jnp.stack([along(volume[..., c].ravel(), 0, 0) for c in range(volume.shape[-1])], axis=-1)
+    return along(0, 0)
+
+
+def _sample_channel_forward(volume, *coordinates):
+    return _trilinear(volume, coordinates), (volume, coordinates)
+
+
+def _sample_channel_backward(residuals, gradient):
+    volume, coordinates = residuals
+    # The corners are gathered again for each derivative, which is cheaper than keeping them. In a loop: unrolled, XLA
+    # would find that the derivatives share them, and keep them.
+    derivatives = [lambda axis=axis: gradient * _trilinear(volume, coordinates, axis) for axis in range(3)]
+    slopes = jax.lax.map(lambda axis: jax.lax.switch(axis, derivatives), jnp.arange(3))
+    (d_volume,) = jax.vjp(lambda volume: _trilinear(volume, coordinates), volume)[1](gradient)
+    return d_volume, *(slope.astype(c.dtype) for slope, c in zip(slopes, coordinates, strict=True))
+
+
+_sample_channel.defvjp(_sample_channel_forward, _sample_channel_backward)
 
 
 def warp_labels(labels: Num[Array, "N X Y Z"], displacement: Float[Array, "N x y z 3"]) -> Num[Array, "N x y z"]:
