@@ -15,3 +15,7 @@ class Prediction:
     # Of a Bayesian head: log variance of the control grid (squared voxels), and the variance of the displacement.
     log_variance: Float[Array, "N gx gy gz 3"] | None = None
     variance: Float[Array, "N X Y Z 3"] | None = None
+    # Of a model that matches keypoints: those of the fixed and of the moving image, voxels; and the map, if it is an
+    # affine, from voxels to voxels.
+    keypoints: tuple[Float[Array, "N K 3"], Float[Array, "N K 3"]] | None = None
+    affine: Float[Array, "N 4 4"] | None = None
