@@ -6,10 +6,11 @@ from flax import linen as nn
 
 from gridreg_jax.errors import InputError
 from gridreg_jax.models.gridreg import GridReg
+from gridreg_jax.models.keymorph import KeyMorph
 from gridreg_jax.models.pointwise import PointwiseGridReg
 from gridreg_jax.models.prediction import Prediction
 
-MODELS = {"gridreg": GridReg, "gridreg_pointwise": PointwiseGridReg}
+MODELS = {"gridreg": GridReg, "gridreg_pointwise": PointwiseGridReg, "keymorph": KeyMorph}
 
 
 def build(name: str, **fields):

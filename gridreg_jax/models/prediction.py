@@ -21,3 +21,7 @@ class Prediction:
     velocity_log_variance: Float[Array, "N x y z 3"] | None = None
     # The map from moving to fixed, of a model that is asked for both directions.
     inverse_displacement: Float[Array, "N X Y Z 3"] | None = None
+    # Of a model that matches keypoints: those of the fixed and of the moving image, voxels; and the map, if it is an
+    # affine, from voxels to voxels.
+    keypoints: tuple[Float[Array, "N K 3"], Float[Array, "N K 3"]] | None = None
+    affine: Float[Array, "N 4 4"] | None = None
