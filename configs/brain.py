@@ -3,6 +3,8 @@
     python train.py --config=configs/brain.py
     python train.py --config=configs/brain.py --config.data.pairs=pairs.csv --workdir=runs/mine
     python train.py --config=configs/brain.py:paper --config.data.subjects=subjects.csv
+    python train.py --config=configs/brain.py:voxelmorph   # another system (see `configs/models.py`)
+    python train.py --config=configs/brain.py:paper,voxelmorph --config.data.subjects=subjects.csv
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +12,8 @@ from ml_collections import ConfigDict
 from configs import default
 
 
-def get_config(variant: str = "cpu") -> ConfigDict:
+def get_config(argument: str = "") -> ConfigDict:
+    variant, model = default.parse("brain", argument, ("cpu", "paper"))
     config = default.get_config()
     config.name = "brain"
     # The paper's is mse; this one is blind to local gain and offset. No labels in training, as in the paper.
@@ -21,6 +24,4 @@ def get_config(variant: str = "cpu") -> ConfigDict:
         config.data.spacing = (1.0, 1.0, 1.0)
         config.loss.similarity = "mse"
         default.paper(config, training_pairs=3000)
-    elif variant != "cpu":
-        raise default.unknown("brain", variant, "cpu (the same as none) and paper")
-    return config
+    return default.use_model(config, model)

@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from configs.models import MODELS
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -45,6 +47,9 @@ def get_config() -> ConfigDict:
     config.loss.grid = 1.0
     config.loss.dice = 0.0
     config.loss.bending = 10.0  # per squared voxel; `paper` below converts the paper's
+    config.loss.gradient = 0.0  # of squared first differences of the velocity or the displacement
+    config.loss.kl = 0.0  # of the divergence of a velocity's posterior from a smooth prior,
+    config.loss.kl_precision = 10.0  # and that prior's precision
     config.loss.entropy = 0.01  # of a Bayesian head's posterior (the paper's lambda_0)
     config.loss.samples = 2  # maps drawn from it
 
@@ -59,7 +64,8 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.decay = True
+    config.optimizer.decay = True  # along a cosine after a linear rise;
+    config.optimizer.power = 0.0  # if not 0: as a power of the share of the steps that is left
     config.optimizer.clip = 1.0
 
     config.refinement = ConfigDict()  # instance optimisation in the evaluation, see `gridreg_jax.instance`
@@ -67,7 +73,7 @@ def get_config() -> ConfigDict:
     config.refinement.bending = 10.0  # per squared voxel
     config.refinement.learning_rate = 0.1  # voxels
 
-    config.grid_sizes = (5, 8, 10, 15)
+    config.grid_sizes = (5, 8, 10, 15)  # control points an axis; () for a model that predicts no control grid
     config.batch_size = 1
     config.steps = 360
     config.val_every = 360
@@ -94,6 +100,40 @@ def paper(config: ConfigDict, *, training_pairs: int) -> ConfigDict:
     return config
 
 
-def unknown(name: str, variant: str, known: str) -> ValueError:
-    """What a config raises for a variant that it does not have."""
-    return ValueError(f"configs/{name}.py:{variant}: there is no such variant; there are {known}")
+def parse(name: str, argument: str, variants: tuple[str, ...]) -> tuple[str, str]:
+    """Variant and model that a config's argument names: "", "paper", "voxelmorph" or "paper,voxelmorph".
+
+    Args:
+      variants: of the config; without a name the first is meant.
+
+    Returns:
+      The variant, and a name in `MODELS` or "" for GridReg.
+    """
+    variant, model = variants[0], ""
+    for part in filter(None, argument.split(",")):
+        if part in variants:
+            variant = part
+        elif part in MODELS:
+            model = part
+        else:
+            known = ", ".join([*filter(None, variants), *MODELS])
+            raise ValueError(f"configs/{name}.py:{part}: there is no such variant; there are {known}")
+    return variant, model
+
+
+def use_model(config: ConfigDict, name: str) -> ConfigDict:
+    """Let another system (a name in `MODELS`; "": none) take the place of GridReg, in a config that is otherwise set.
+
+    With it come its authors' optimiser and weights of smoothness; data, similarity, overlap, augmentation and the
+    length of the training stay, so that systems are compared on the same terms.
+    """
+    if not name:
+        return config
+    model = MODELS[name]
+    config.name = f"{config.name}_{name}"
+    config.model = ConfigDict(model["fields"])
+    config.optimizer.update(model["optimizer"])
+    config.loss.update(grid=0.0, bending=0.0, **model["loss"][config.loss.similarity])
+    config.refinement.steps = 0
+    config.grid_sizes = ()
+    return config

@@ -2,6 +2,7 @@
 
     python train.py --config=configs/hippocampus.py --config.data.subjects=subjects.csv
     python train.py --config=configs/hippocampus.py:cpu --config.data.subjects=subjects.csv   # a few minutes
+    python train.py --config=configs/hippocampus.py:voxelmorph --config.data.subjects=subjects.csv   # another system
 """
 
 from ml_collections import ConfigDict
@@ -9,7 +10,8 @@ from ml_collections import ConfigDict
 from configs import default
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config(argument: str = "") -> ConfigDict:
+    variant, model = default.parse("hippocampus", argument, ("", "cpu"))
     config = default.get_config()
     config.name = "hippocampus"
     config.model.downsampled = 3
@@ -34,6 +36,4 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "cpu":
         config.steps = 800
         config.val_every = 400
-    elif variant:
-        raise default.unknown("hippocampus", variant, "cpu and none")
-    return config
+    return default.use_model(config, model)

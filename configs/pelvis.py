@@ -2,6 +2,7 @@
 
     python train.py --config=configs/pelvis.py --config.data.pairs=pairs.csv
     python train.py --config=configs/pelvis.py:cpu --config.data.pairs=pairs.csv   # half the resolution
+    python train.py --config=configs/pelvis.py:cpu,voxelmorph --config.data.pairs=pairs.csv   # another system
 """
 
 from ml_collections import ConfigDict
@@ -9,7 +10,8 @@ from ml_collections import ConfigDict
 from configs import default
 
 
-def get_config(variant: str = "paper") -> ConfigDict:
+def get_config(argument: str = "") -> ConfigDict:
+    variant, model = default.parse("pelvis", argument, ("paper", "cpu"))
     config = default.get_config()
     config.name = "pelvis"
     config.data.center = "image"
@@ -21,13 +23,11 @@ def get_config(variant: str = "paper") -> ConfigDict:
         config.data.shape = (128, 128, 96)
         config.data.spacing = (1.0, 1.0, 1.0)
         default.paper(config, training_pairs=313)
-    elif variant == "cpu":
+    else:
         config.data.shape = (64, 64, 48)
         config.data.spacing = (2.0, 2.0, 2.0)
         config.model.downsampled = 3
         config.loss.bending = 1.0
         config.steps = 1000
         config.val_every = 500
-    else:
-        raise default.unknown("pelvis", variant, "paper (the same as none) and cpu")
-    return config
+    return default.use_model(config, model)

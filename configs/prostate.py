@@ -2,6 +2,7 @@
 
     python train.py --config=configs/prostate.py --config.data.pairs=pairs.csv
     python train.py --config=configs/prostate.py:cpu --config.data.subjects=subjects.csv   # a laptop, small images
+    python train.py --config=configs/prostate.py:cpu,voxelmorph --config.data.pairs=pairs.csv   # another system
 """
 
 from ml_collections import ConfigDict
@@ -9,7 +10,8 @@ from ml_collections import ConfigDict
 from configs import default
 
 
-def get_config(variant: str = "paper") -> ConfigDict:
+def get_config(argument: str = "") -> ConfigDict:
+    variant, model = default.parse("prostate", argument, ("paper", "cpu"))
     config = default.get_config()
     config.name = "prostate"
     config.data.center = "image"
@@ -20,7 +22,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
         config.data.shape = (128, 128, 102)
         config.data.spacing = (0.7, 0.7, 0.7)
         default.paper(config, training_pairs=156)
-    elif variant == "cpu":
+    else:
         config.model.downsampled = 3
         config.data.shape = (64, 64, 64)
         config.data.spacing = (0.4, 0.4, 0.4)
@@ -32,6 +34,4 @@ def get_config(variant: str = "paper") -> ConfigDict:
         config.augmentation.contrast = 0.15
         config.steps = 600
         config.val_every = 300
-    else:
-        raise default.unknown("prostate", variant, "paper (the same as none) and cpu")
-    return config
+    return default.use_model(config, model)

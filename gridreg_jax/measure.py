@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import jax
 import numpy as np
@@ -14,7 +15,8 @@ from gridreg_jax.instance import refine
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import warp, warp_labels
 
-GridSize = tuple[int, int, int]
+# Control points an axis; None for a model that predicts no control grid.
+GridSize = tuple[int, int, int] | None
 
 # What a summary shows, in this order; each has a value before and after registration.
 SUMMARISED = ("dice", "tre_mm", "hd95_mm", "centroid_mm", "mse")
@@ -26,13 +28,18 @@ KEPT_GAIN = 0.95
 OF_THE_UNCERTAINTY = ("sigma_error_spearman",)
 
 
+def candidates(grid_sizes: Iterable[int]) -> list[GridSize]:
+    """The control grids that a config's `grid_sizes` stand for, coarse to fine; without any, None alone."""
+    return [(size,) * 3 for size in sorted(grid_sizes)] or [None]
+
+
 def make_predict(model: nn.Module, *, refinement: dict | None = None) -> Callable:
     """`predict(params, batch, grid_size)`, compiled once a grid size: displacement, warped image and, with labels or a
     Bayesian head, warped labels and the variance of the displacement.
 
     Args:
-      refinement: `steps`, `bending`, `learning_rate` of the instance optimisation that follows the network (see
-        `instance.refine`; the variance stays the network's); None: none.
+      refinement: `steps`, `bending`, `learning_rate` of the instance optimisation that follows a network which predicts
+        a control grid (see `instance.refine`; the variance stays the network's); None: none.
     """
 
     def predict(params, batch: dict[str, jax.Array], grid_size: GridSize) -> dict[str, jax.Array]:
@@ -149,9 +156,9 @@ def _measurements(
     return row
 
 
-def summarise(rows: list[dict], grid_size: GridSize | None) -> dict:
+def summarise(rows: list[dict], grid_size: GridSize | Literal["auto"]) -> dict:
     """`{"grid_size", "cases", "metrics": {name: {"before", "after", "after_sd"}}}`, means and standard deviations over
-    the cases where a measurement is defined; grid size None ("auto") where every case has its own."""
+    the cases where a measurement is defined; grid size "auto" where every case has its own."""
     found = {}
     for name in SUMMARISED:
         after = _values(rows, f"{name}_after")
@@ -165,7 +172,8 @@ def summarise(rows: list[dict], grid_size: GridSize | None) -> dict:
         if (values := _values(rows, name)).size:
             found[name] = _spread(values)
     found["seconds"] = {"after": float(np.median(_values(rows, "seconds")))}
-    return {"grid_size": list(grid_size) if grid_size else "auto", "cases": len(rows), "metrics": found}
+    grid_size = list(grid_size) if isinstance(grid_size, tuple) else grid_size
+    return {"grid_size": grid_size, "cases": len(rows), "metrics": found}
 
 
 def score(summary: dict) -> float:

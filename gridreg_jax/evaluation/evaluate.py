@@ -13,7 +13,8 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation import plots, tables
 from gridreg_jax.files import replacing
 from gridreg_jax.losses import SIMILARITIES
-from gridreg_jax.measure import coarsest_sufficient, make_predict, measure, summarise
+from gridreg_jax.measure import candidates, coarsest_sufficient, make_predict, measure, summarise
+from gridreg_jax.models import has_control_grid
 from gridreg_jax.training.checkpoint import Checkpoints
 from gridreg_jax.training.step import build_run
 from gridreg_jax.training.writers import read_metrics
@@ -37,8 +38,9 @@ def evaluate(
     Args:
       workdir: of a run of `train.py`.
       pairs: a list of pairs (CSV); empty: the run's own test pairs.
-      grid_size: None: the one that validation chose; "auto": for every case the coarsest of the run's sizes that is
-        about as good as the best, judged by the run's image similarity (`measure.coarsest_sufficient`).
+      grid_size: None: the one that validation chose, if the run's model predicts a control grid; "auto": for every case
+        the coarsest of the run's sizes that is about as good as the best, judged by the run's image similarity
+        (`measure.coarsest_sufficient`).
       refine: steps of instance optimisation after the network; None: as the run's config says (`refinement.steps`).
       out: folder for the results; None: `workdir/evaluation`.
       pictures: for how many cases pictures are drawn.
@@ -48,7 +50,8 @@ def evaluate(
       The summary.
 
     Raises:
-      InputError: no run is there, or a list, an image or the grid size is not as it should be.
+      InputError: no run is there, or a list, an image or the grid size is not as it should be; a grid size or instance
+        optimisation for a model that predicts no control grid.
     """
     workdir = Path(workdir)
     out = Path(out) if out else workdir / "evaluation"
@@ -64,6 +67,10 @@ def evaluate(
             lambda config: build_run(config).state_shapes(device), order=order, notify=notify
         )
     model = build_run(config).model
+    if not has_control_grid(model):
+        for option, value in (("grid_size", grid_size), ("refine", refine)):
+            if value:
+                raise InputError(f"--{option}: the run's model, {config['model']['name']}, predicts no control grid")
     data = config["data"]
     if pairs:
         settings = {name: data[name] for name in ("shape", "spacing", "center", "labels", "cache_dir")}
@@ -71,22 +78,24 @@ def evaluate(
     else:
         dataset = open_dataset(**data, seed=config["seed"], notify=notify)
     if grid_size is None:
-        grid_size = tuple(chosen["grid_size"]) if chosen else (config["grid_sizes"][0],) * 3
+        grid_size = chosen["grid_size"] if chosen else candidates(config["grid_sizes"])[0]
+        grid_size = tuple(grid_size) if grid_size else None
     out.mkdir(parents=True, exist_ok=True)
 
     rows = []
     refinement = config["refinement"] | ({} if refine is None else {"steps": refine})
-    predict = make_predict(model, refinement=refinement)
+    predict = make_predict(model, refinement=refinement if refinement["steps"] else None)
     choice = grid_size
     if grid_size == "auto":
         similarity = SIMILARITIES[config["loss"]["similarity"]]
-        choice, grid_size = coarsest_sufficient(predict, state.params, config["grid_sizes"], similarity), None
+        choice = coarsest_sufficient(predict, state.params, config["grid_sizes"], similarity)
     measured = measure(predict, state.params, dataset, dataset.pairs["test"], choice, thorough=True)
     for number, (row, arrays) in enumerate(measured):
         rows.append(row)
         if number < pictures:
-            size = row.get("grid_size") or "x".join(map(str, grid_size))
-            title = f"{row['fixed']} and {row['moving']}, grid {size}"
+            title = f"{row['fixed']} and {row['moving']}"
+            if grid_size:
+                title += f", grid {row.get('grid_size') or 'x'.join(map(str, grid_size))}"
             plots.case_picture(out / f"case{number:02d}.png", arrays, dataset.lattice.spacing, title)
             if "sigma_mm" in arrays:
                 fixed = dataset.pairs["test"][number][0]

@@ -19,11 +19,14 @@ def write_cases(path: Path, rows: list[dict]) -> None:
 def format_summary(summary: dict) -> str:
     """A summary as a table for the terminal."""
     grid_size = summary["grid_size"]
-    grid_size = "chosen for each case" if grid_size == "auto" else "x".join(map(str, grid_size))
+    if grid_size:
+        grid_size = ", control grid " + (
+            "chosen for each case" if grid_size == "auto" else "x".join(map(str, grid_size))
+        )
     steps = summary.get("refinement_steps")
     refined = f", {steps} steps of instance optimisation" if steps else ""
     lines = [
-        f"{summary['cases']} cases, control grid {grid_size}{refined}",
+        f"{summary['cases']} cases{grid_size or ''}{refined}",
         f"{'':22}{'before':>10}{'after':>10}{'sd':>10}",
     ]
     for name in (*SUMMARISED, *OF_THE_MAP):

@@ -1,7 +1,7 @@
 """Losses: every one minimises and returns one value a case, `[N]`."""
 
 from gridreg_jax.losses.overlap import soft_dice
-from gridreg_jax.losses.regularity import bending_energy, bending_energy_of_map, diffusion_energy
+from gridreg_jax.losses.regularity import bending_energy, bending_energy_of_map, diffusion_energy, kl_to_smooth
 from gridreg_jax.losses.similarity import lncc, mind, mse, ncc, nmi, uncertainty_weighted_mse
 
 SIMILARITIES = {"mse": mse, "lncc": lncc, "ncc": ncc, "nmi": nmi, "mind": mind}
@@ -13,6 +13,7 @@ __all__ = [
     "bending_energy",
     "bending_energy_of_map",
     "diffusion_energy",
+    "kl_to_smooth",
     "lncc",
     "mind",
     "mse",

@@ -43,8 +43,13 @@ def describe(model: nn.Module) -> dict:
     return {"name": name} | {field: getattr(model, field) for field in _fields(model)}
 
 
+def has_control_grid(model: nn.Module) -> bool:
+    """Whether a model predicts a control grid, of the size that it is asked for: then it has a field `interpolator`."""
+    return "interpolator" in _fields(model)
+
+
 def _fields(model) -> list[str]:
     return [field for field in model.__dataclass_fields__ if field not in ("parent", "name")]
 
 
-__all__ = ["MODELS", "Prediction", "build", "describe"]
+__all__ = ["MODELS", "Prediction", "build", "describe", "has_control_grid"]

@@ -15,6 +15,12 @@ class Prediction:
     # Of a Bayesian head: log variance of the control grid (squared voxels), and the variance of the displacement.
     log_variance: Float[Array, "N gx gy gz 3"] | None = None
     variance: Float[Array, "N X Y Z 3"] | None = None
+    # Of a model that integrates: the stationary velocity, in voxels of its own lattice, which may be coarser; where
+    # training draws it from a posterior, the mean of that and its log variance (squared voxels of the same lattice).
+    velocity: Float[Array, "N x y z 3"] | None = None
+    velocity_log_variance: Float[Array, "N x y z 3"] | None = None
+    # The map from moving to fixed, of a model that is asked for both directions.
+    inverse_displacement: Float[Array, "N X Y Z 3"] | None = None
     # Of a model that matches keypoints: those of the fixed and of the moving image, voxels; and the map, if it is an
     # affine, from voxels to voxels.
     keypoints: tuple[Float[Array, "N K 3"], Float[Array, "N K 3"]] | None = None

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from gridreg_jax import losses
 from gridreg_jax.data.pipeline import Dataset, batches, open_dataset
 from gridreg_jax.errors import InputError
-from gridreg_jax.measure import make_predict, measure, score, summarise
-from gridreg_jax.models import describe
+from gridreg_jax.measure import GridSize, candidates, make_predict, measure, score, summarise
+from gridreg_jax.models import build, describe, has_control_grid
 from gridreg_jax.rng import generator
 from gridreg_jax.training.checkpoint import Checkpoints
 from gridreg_jax.training.step import build_run, check_batch_size, compile_steps, make_train_step, replicated, shard
@@ -117,12 +117,19 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
 def check_config(config: dict) -> None:
     """Raise `InputError` for values that no part would accept, before any work is done."""
     check_batch_size(config["batch_size"])
-    if not config["grid_sizes"]:
+    model = build(**config["model"])
+    if not has_control_grid(model):
+        for name, value in (("grid_sizes", config["grid_sizes"]), ("refinement.steps", config["refinement"]["steps"])):
+            if value:
+                raise InputError(
+                    f"{name} is {value}, but the model {config['model']['name']!r} predicts no control grid"
+                )
+    elif not config["grid_sizes"]:
         raise InputError("grid_sizes is empty: give one size or more, e.g. (5, 8, 10, 15)")
     for size in config["grid_sizes"]:
         if not isinstance(size, int):
             raise InputError(f"grid_sizes must be whole numbers, such as (5, 8), not {size!r}")
-        check_grid_size((size,) * 3, config["model"].get("interpolator", "trilinear"))
+        check_grid_size((size,) * 3, model.interpolator)
     for name in ("similarity", "grid_similarity"):
         if config["loss"][name] not in losses.SIMILARITIES:
             known = ", ".join(losses.SIMILARITIES)
@@ -136,9 +143,9 @@ def check_config(config: dict) -> None:
             raise InputError(f"{name} must be 1 or more, not {config[name]}")
 
 
-def draw_grid_size(sizes: tuple[int, ...], *, seed: int, step: int) -> tuple[int, int, int]:
+def draw_grid_size(sizes: tuple[int, ...], *, seed: int, step: int) -> GridSize:
     """The control grid of a training step, drawn uniformly (paper, section 3.1, adaptive grid sizes)."""
-    return (int(generator(seed, "grid size", step).choice(sizes)),) * 3
+    return (int(generator(seed, "grid size", step).choice(sizes)),) * 3 if sizes else None
 
 
 def validate(predict: Callable, params, dataset: Dataset, grid_sizes: tuple[int, ...]) -> dict:
@@ -147,22 +154,28 @@ def validate(predict: Callable, params, dataset: Dataset, grid_sizes: tuple[int,
     A size whose maps fold in more than `FOLDING_PERCENT` of the voxels is chosen only if all do.
 
     Returns:
-      `grid_size` (a triple, the coarsest of equals), its `score`, and `scores` and `folding_percent` by grid size.
+      `grid_size` (a triple, the coarsest of equals), its `score`, and `scores` and `folding_percent` by grid size
+      ("none", and None for `grid_size`, of a model that predicts no control grid).
     """
     params = jax.device_put(params, jax.local_devices()[0])
     summaries = {}
-    for size in sorted(grid_sizes):
-        rows = [row for row, _ in measure(predict, params, dataset, dataset.pairs["val"], (size,) * 3)]
-        summaries[size] = summarise(rows, (size,) * 3)
+    for size in candidates(grid_sizes):
+        rows = [row for row, _ in measure(predict, params, dataset, dataset.pairs["val"], size)]
+        summaries[size] = summarise(rows, size)
     scores = {size: score(summary) for size, summary in summaries.items()}
     folding = {size: summary["metrics"]["folding_percent"]["after"] for size, summary in summaries.items()}
     best = max([size for size in scores if folding[size] <= FOLDING_PERCENT] or scores, key=scores.get)
     return {
-        "grid_size": [best] * 3,
+        "grid_size": best and list(best),
         "score": scores[best],
-        "scores": {str(size): value for size, value in scores.items()},
-        "folding_percent": {str(size): value for size, value in folding.items()},
+        "scores": {_points(size): value for size, value in scores.items()},
+        "folding_percent": {_points(size): value for size, value in folding.items()},
     }
+
+
+def _points(grid_size: GridSize) -> str:
+    """A cubic grid by its points an axis."""
+    return str(grid_size[0]) if grid_size else "none"
 
 
 def _initial_state(run, config: dict, checkpoints: Checkpoints):
@@ -185,8 +198,8 @@ def _initial_state(run, config: dict, checkpoints: Checkpoints):
 
 def _compile(train_step: Callable, state, batch: dict, grid_sizes: tuple[int, ...]) -> dict[tuple, Callable]:
     began = time.perf_counter()
-    tqdm.write(f"compiling for grid sizes {', '.join(map(str, grid_sizes))}")
-    steps, needed = compile_steps(train_step, state, batch, [(size,) * 3 for size in grid_sizes])
+    tqdm.write("compiling" + (f" for grid sizes {', '.join(map(str, grid_sizes))}" if grid_sizes else ""))
+    steps, needed = compile_steps(train_step, state, batch, candidates(grid_sizes))
     memory = f"; a step needs {needed / 2**20:.0f} MiB a device" if needed else ""
     tqdm.write(f"compiled in {time.perf_counter() - began:.0f} s{memory}")
     return steps
@@ -196,10 +209,11 @@ def _record(writer: MetricsWriter, progress: tqdm, step: int, grid_size, metrics
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not math.isfinite(values["loss"]):
         raise FloatingPointError(f"the loss is {values['loss']} at step {step}: a smaller learning rate may mend it")
-    writer.write(step, "train", {**values, "grid_size": grid_size[0], **{k: round(v, 4) for k, v in times.items()}})
+    grid = {"grid_size": grid_size[0]} if grid_size else {}
+    writer.write(step, "train", {**values, **grid, **{k: round(v, 4) for k, v in times.items()}})
     progress.update()
     duration = f"{1e3 * times['seconds']:.0f}ms"
-    progress.set_postfix(loss=f"{values['loss']:.4f}", step=duration, grid=grid_size[0], refresh=False)
+    progress.set_postfix(loss=f"{values['loss']:.4f}", step=duration, grid=_points(grid_size), refresh=False)
 
 
 def _save(checkpoints: Checkpoints, step: int, state, config: dict, chosen: dict | None, *, scored: bool) -> None:
@@ -207,6 +221,8 @@ def _save(checkpoints: Checkpoints, step: int, state, config: dict, chosen: dict
 
 
 def _validation_line(step: int, chosen: dict) -> str:
+    if not chosen["grid_size"]:
+        return f"step {step}, validation score {chosen['score']:.4f}"
     scores = "  ".join(f"{size}: {value:.4f}" for size, value in chosen["scores"].items())
     return f"step {step}, validation score by grid size  {scores}  (best {chosen['grid_size'][0]})"
 

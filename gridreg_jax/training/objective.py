@@ -1,11 +1,12 @@
-"""What training minimises: similarity at image and grid level, overlap, and bending energy (paper, section 3.3)."""
+"""What training minimises: similarity at image and grid level, overlap, and smoothness (paper, section 3.3)."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map, soft_dice
+from gridreg_jax.errors import InputError
+from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map, diffusion_energy, kl_to_smooth, soft_dice
 from gridreg_jax.models import Prediction
 from gridreg_jax.transforms.interpolation import control_positions, interpolate, interpolate_at_controls
 from gridreg_jax.transforms.warp import sample, warp
@@ -23,6 +24,9 @@ def objective(
     grid: float = 1.0,
     dice: float = 0.0,
     bending: float = 1.0,
+    gradient: float = 0.0,
+    kl: float = 0.0,
+    kl_precision: float = 10.0,
     entropy: float = 0.0,
     samples: int = 1,
     keys: jax.Array | None = None,
@@ -35,17 +39,26 @@ def objective(
     paper describes this behaviour and a penalty lambda_0; the formula is the project's (a variational free energy, as
     in Dalca et al., MICCAI 2018).
 
+    Of a model that predicts both directions, the image term is the mean of fixed against warped moving and of moving
+    against warped fixed (Balakrishnan et al., IEEE TMI 2019, and its authors' code).
+
     Args:
       batch: `fixed`, `moving` `[N, X, Y, Z, 1]`; with `dice`, also compact `fixed_labels`, `moving_labels`.
       interpolator: of the control grid; the cubic spline's bending energy is taken in closed form.
       num_labels: labels that are scored.
       similarity, grid_similarity: names in `losses.SIMILARITIES`, for whole images and for their values at the control
         points.
-      image, grid, dice, bending: weights; a term of weight 0 is not computed. `bending` is in voxel units: the
-        paper's 2e5, for displacements in half volumes, is `2e5 (2 / X)^2` here, 49 at 128 voxels an axis.
+      image, grid, dice, bending, gradient, kl: weights; a term of weight 0 is not computed. `bending` is in voxel
+        units: the paper's 2e5, for displacements in half volumes, is `2e5 (2 / X)^2` here, 49 at 128 voxels an axis.
+        `gradient` is of the mean squared forward difference, as in VoxelMorph: of the velocity if there is one, else
+        of the displacement. VoxelMorph's code doubles it for a velocity at half resolution; here the weight does that.
+      kl_precision: of the prior that `kl` compares the velocity's posterior to (see `losses.kl_to_smooth`).
       entropy: weight of the Bayesian posterior's entropy (the paper's lambda_0).
       samples: maps drawn from the posterior.
       keys: `[N]`, one an example, for these draws.
+
+    Raises:
+      InputError: `kl` without a posterior of the velocity.
     """
     fixed, moving = batch["fixed"], batch["moving"]
     drawn = [prediction]
@@ -53,7 +66,7 @@ def objective(
         drawn = _draw(prediction, keys, samples, fixed.shape[1:4], interpolator)
     terms = {}
     if image:
-        terms["image"] = _mean(SIMILARITIES[similarity](fixed, warp(moving, one.displacement)) for one in drawn)
+        terms["image"] = _mean(_image_similarity(one, fixed, moving, similarity) for one in drawn)
     if grid and prediction.control_displacement is not None:
         terms["grid"] = _mean(_grid_similarity(one, fixed, moving, interpolator, grid_similarity) for one in drawn)
     if dice:
@@ -62,9 +75,16 @@ def objective(
         )
     if bending:
         terms["bending"] = bending_energy_of_map(prediction.displacement, prediction.control_grid, interpolator)
+    if gradient:
+        smooth = prediction.displacement if prediction.velocity is None else prediction.velocity
+        terms["gradient"] = diffusion_energy(smooth) / 3
+    if kl:
+        if prediction.velocity_log_variance is None:
+            raise InputError(f"loss.kl is {kl}, but the model predicts no posterior of a velocity")
+        terms["kl"] = kl_to_smooth(prediction.velocity, prediction.velocity_log_variance, precision=kl_precision)
     if prediction.log_variance is not None:
         terms["entropy"] = -0.5 * prediction.log_variance.mean((1, 2, 3, 4))
-    weights = dict(image=image, grid=grid, dice=dice, bending=bending, entropy=entropy)
+    weights = dict(image=image, grid=grid, dice=dice, bending=bending, gradient=gradient, kl=kl, entropy=entropy)
     return sum(weights[name] * value for name, value in terms.items()), terms
 
 
@@ -87,6 +107,14 @@ def _draw(prediction, keys, samples, shape, interpolator) -> list[Prediction]:
             )
         )
     return drawn
+
+
+def _image_similarity(prediction, fixed, moving, similarity):
+    """Similarity of the whole images, in both directions if both are predicted."""
+    alike = [(fixed, warp(moving, prediction.displacement))]
+    if prediction.inverse_displacement is not None:
+        alike.append((moving, warp(fixed, prediction.inverse_displacement)))
+    return _mean(SIMILARITIES[similarity](*pair) for pair in alike)
 
 
 def _grid_similarity(prediction, fixed, moving, interpolator, similarity):

@@ -15,6 +15,7 @@ from flax import struct
 from gridreg_jax import rng
 from gridreg_jax.augment import augment
 from gridreg_jax.errors import InputError
+from gridreg_jax.measure import GridSize, candidates
 from gridreg_jax.models import build
 from gridreg_jax.training.objective import objective
 from gridreg_jax.training.optimizer import build_optimizer
@@ -39,7 +40,7 @@ class Run:
     model: nn.Module
     optimizer: optax.GradientTransformation
     shape: tuple[int, int, int]
-    grid_size: tuple[int, int, int]
+    grid_size: GridSize
     seed: int
 
     def init_state(self) -> TrainState:
@@ -66,12 +67,11 @@ def build_run(config: dict) -> Run:
     Raises:
       InputError: an unknown model, model field or optimiser.
     """
-    smallest = min(config["grid_sizes"])
     return Run(
         model=build(**config["model"]),
         optimizer=build_optimizer(**config["optimizer"], steps=config["steps"]),
         shape=tuple(config["data"]["shape"]),
-        grid_size=(smallest,) * 3,
+        grid_size=candidates(config["grid_sizes"])[0],
         seed=config["seed"],
     )
 
@@ -101,10 +101,11 @@ def make_train_step(
 ) -> Callable:
     """`step(state, batch, grid_size) -> (state, metrics)`, compiled once a grid size; it consumes `state`.
 
-    `batch` is sharded (`shard`), `grid_size` a static tuple; metrics are means over the whole batch.
+    `batch` is sharded (`shard`), `grid_size` static; metrics are means over the whole batch. Random streams that the
+    model names in `example_streams` get a key for each example, so that noise does not depend on the number of devices.
     """
 
-    def step(state: TrainState, batch: dict[str, jax.Array], grid_size: tuple[int, int, int]):
+    def step(state: TrainState, batch: dict[str, jax.Array], grid_size: GridSize):
         def example_keys(stream: str) -> jax.Array:
             # A key an example, by its place in the whole batch: the same however many devices share it.
             local = batch["fixed"].shape[0]
@@ -114,11 +115,20 @@ def make_train_step(
         if any(augmentation.values()):
             batch = augment(batch, example_keys("augmentation"), **augmentation)
         streams = {"iterations": rng.key(seed, "iterations", state.step)}
+        example_streams = {name: example_keys(name) for name in getattr(model, "example_streams", ())}
+
+        def predict(params):
+            def run(fixed, moving, keys):
+                return model.apply(params, fixed, moving, grid_size=grid_size, train=True, rngs=streams | keys)
+
+            if not example_streams:
+                return run(batch["fixed"], batch["moving"], {})
+            # One example at a time, as far as the model can see, so that each has noise of its own.
+            one = jax.vmap(lambda fixed, moving, keys: run(fixed[None], moving[None], keys))
+            return jax.tree.map(lambda leaf: leaf[:, 0], one(batch["fixed"], batch["moving"], example_streams))
 
         def mean_loss(params):
-            prediction = model.apply(
-                params, batch["fixed"], batch["moving"], grid_size=grid_size, train=True, rngs=streams
-            )
+            prediction = predict(params)
             total, terms = objective(prediction, batch, **loss, keys=example_keys("posterior"))
             return total.mean(), {name: value.mean() for name, value in terms.items()}
 
@@ -139,8 +149,8 @@ def make_train_step(
 
 
 def compile_steps(
-    step: Callable, state: TrainState, batch: dict[str, np.ndarray], grid_sizes: Iterable[tuple[int, int, int]]
-) -> tuple[dict[tuple[int, int, int], Callable], int]:
+    step: Callable, state: TrainState, batch: dict[str, np.ndarray], grid_sizes: Iterable[GridSize]
+) -> tuple[dict[GridSize, Callable], int]:
     """The step compiled for every grid size, before the first one runs.
 
     Args:
@@ -159,9 +169,12 @@ def compile_steps(
     largest = max(needed, key=needed.get)
     available = memory_available()
     if available and needed[largest] > available:
+        at, or_grid = (
+            (f" at grid size {largest[0]}", ", data.shape or grid size") if largest else ("", " or data.shape")
+        )
         raise InputError(
-            f"a step at grid size {largest[0]} needs {needed[largest] / 2**30:.1f} GiB a device, and "
-            f"{available / 2**30:.1f} GiB are free: a smaller batch_size, data.shape or grid size would need less"
+            f"a step{at} needs {needed[largest] / 2**30:.1f} GiB a device, and {available / 2**30:.1f} GiB are free: "
+            f"a smaller batch_size{or_grid} would need less"
         )
     return compiled, needed[largest]
 

@@ -64,8 +64,10 @@ def test_cases_come_back_from_csv(rows, tmp_path):
 
 
 def test_the_terminal_shows_what_the_summary_holds(rows):
-    lines = tables.format_summary(summarise(rows, (8, 10, 8))).splitlines()
-    assert lines[0] == "3 cases, control grid 8x10x8"
+    for grid_size, shown in (((8, 10, 8), ", control grid 8x10x8"), ("auto", ", control grid chosen for each case")):
+        assert tables.format_summary(summarise(rows, grid_size)).splitlines()[0] == f"3 cases{shown}"
+    lines = tables.format_summary(summarise(rows, None)).splitlines()
+    assert lines[0] == "3 cases"
     shown = {line[:22].strip(): line[22:].split() for line in lines[2:]}
     assert shown["dice"] == ["0.4000", "0.8000", "0.1000"]
     assert shown.keys() == {"dice", "tre_mm", "folding_percent", "sd_log_jacobian", "seconds a case"}

@@ -85,3 +85,18 @@ def test_gradient(energy):
     u, d = random_field(), random_field(2)[1:]
     slope = jnp.sum(jax.grad(lambda u: energy(u).sum())(u) * d)
     assert float(slope) == pytest.approx(float(energy(u + d)[0] - energy(u - d)[0]) / 2, rel=1e-3)
+
+
+def test_divergence_from_a_smooth_prior():
+    """Trace and determinant are those of Gaussians with the matrices written out; the mean counts by differences."""
+    shape, precision = (3, 4, 2), 7.0
+    velocity, log_variance = np.random.default_rng(0).normal(size=(2, 2, *shape, 3))
+    places = np.array(list(np.ndindex(shape)))
+    near = (np.abs(places[:, None] - places).sum(-1) == 1).astype(float)
+    prior = precision * (np.diag(near.sum(0)) - near)
+    for case in range(2):
+        spreads = [np.diag(np.exp(spread)) for spread in log_variance[case].reshape(-1, 3).T]
+        spread = 0.5 * sum(np.trace(prior @ spread) - np.linalg.slogdet(spread)[1] for spread in spreads) / len(places)
+        mean = precision / 4 * sum(np.mean(np.diff(velocity[case], axis=axis) ** 2) for axis in range(3))
+        pair = (jnp.asarray(array[case : case + 1], jnp.float32) for array in (velocity, log_variance))
+        assert float(losses.kl_to_smooth(*pair, precision=precision)[0]) == pytest.approx(spread + mean, rel=1e-5)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gridreg_jax.errors import InputError
 from gridreg_jax.models import Prediction
 from gridreg_jax.training.objective import objective
 from gridreg_jax.transforms.interpolation import interpolate, interpolate_at_controls, interpolate_variance
@@ -107,3 +108,37 @@ def test_entropy_widens_the_posterior_where_nothing_can_be_seen():
     np.testing.assert_allclose(slope(flat), np.full(control_grid.shape, entropy_alone), rtol=1e-4)
     textured = {name: batch["fixed"] for name in ("fixed", "moving")}
     assert slope(textured).mean() > abs(entropy_alone)
+
+
+def test_first_differences_are_those_of_the_velocity_if_there_is_one():
+    batch, _ = random_case()
+    displacement, velocity = (
+        np.random.default_rng(seed).normal(size=(2, *shape, 3)) for seed, shape in ((0, SHAPE), (1, (7, 6, 6)))
+    )
+    options = PLAIN | dict(image=0.0, bending=0.0, gradient=3.0)
+    for field, prediction in (
+        (displacement, Prediction(jnp.float32(displacement))),
+        (velocity, Prediction(jnp.float32(displacement), velocity=jnp.float32(velocity))),
+    ):
+        expected = np.mean([(np.diff(field, axis=axis) ** 2).mean((1, 2, 3, 4)) for axis in (1, 2, 3)], axis=0)
+        total, terms = objective(prediction, batch, **options)
+        assert terms.keys() == {"gradient"}
+        np.testing.assert_allclose(terms["gradient"], expected, rtol=1e-5)
+        np.testing.assert_allclose(total, 3.0 * expected, rtol=1e-5)
+
+
+def test_with_both_directions_each_image_is_warped_onto_the_other():
+    batch, _ = random_case()
+    there, back = (jnp.full((2, *SHAPE, 3), shift) for shift in (1.0, -2.0))
+    swapped = dict(fixed=batch["moving"], moving=batch["fixed"])
+    options = PLAIN | dict(bending=0.0)
+    both = objective(Prediction(there, inverse_displacement=back), batch, **options)[0]
+    halves = [objective(Prediction(there), batch, **options)[0], objective(Prediction(back), swapped, **options)[0]]
+    assert np.abs(halves[0] - halves[1]).min() > 1e-4
+    np.testing.assert_allclose(both, (halves[0] + halves[1]) / 2, rtol=1e-5)
+
+
+def test_a_divergence_without_a_posterior_is_refused():
+    batch, control_grid = random_case()
+    with pytest.raises(InputError, match="loss.kl is 0.1, but the model predicts no posterior of a velocity"):
+        objective(predict(control_grid), batch, **PLAIN, kl=0.1)
