@@ -7,10 +7,16 @@ from flax import linen as nn
 from gridreg_jax.errors import InputError
 from gridreg_jax.models.gridreg import GridReg
 from gridreg_jax.models.keymorph import KeyMorph
+from gridreg_jax.models.lightcrcf import LightCRCF
 from gridreg_jax.models.pointwise import PointwiseGridReg
 from gridreg_jax.models.prediction import Prediction
 
-MODELS = {"gridreg": GridReg, "gridreg_pointwise": PointwiseGridReg, "keymorph": KeyMorph}
+MODELS = {
+    "gridreg": GridReg,
+    "gridreg_pointwise": PointwiseGridReg,
+    "keymorph": KeyMorph,
+    "lightcrcf": LightCRCF,
+}
 
 
 def build(name: str, **fields):
