@@ -1,0 +1,70 @@
+"""Every model that a config can name: parameters, arithmetic, memory and time of a prediction.
+
+    python benchmarks/models.py [--shape 96 96 96] [--grid 10] [--repeats 3] [--only gridreg voxelmorph] [--out FILE]
+
+A prediction is network, interpolation and warp of one pair, with random parameters. Arithmetic and memory are those
+that XLA reports of the compiled program; arithmetic inside loops is counted once, so that it is a lower bound.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks.versus_torch import cpu_model, make_batch
+from configs.models import MODELS
+from gridreg_jax.measure import make_predict
+from gridreg_jax.models import build, has_control_grid
+from gridreg_jax.training.step import bytes_needed
+
+
+def measure(model, shape: tuple[int, int, int], grid: int, repeats: int) -> dict:
+    """What the table shows of a model."""
+    grid_size = (grid,) * 3 if has_control_grid(model) else None
+    images = {name: array for name, array in make_batch(shape).items() if name in ("fixed", "moving")}
+    image = jax.ShapeDtypeStruct(images["fixed"].shape, np.float32)
+    params = model.lazy_init(jax.random.key(0), image, image, grid_size=grid_size)
+    predict = make_predict(model)
+    compiled = predict.lower(params, images, grid_size).compile()
+    durations = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(params, images))
+        durations.append(1e3 * (time.perf_counter() - start))
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "gflop": (compiled.cost_analysis() or {}).get("flops", 0) / 1e9,
+        "memory_mib": bytes_needed(compiled) / 2**20,
+        "ms": statistics.median(durations[1:]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", type=int, nargs=3, default=(96, 96, 96), help="voxels an axis")
+    parser.add_argument("--grid", type=int, default=10, help="control points an axis, of models that have them")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="names of models; all by default")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    options = parser.parse_args()
+    known = {"gridreg": dict(name="gridreg")} | {name: entry["fields"] for name, entry in MODELS.items()}
+    unknown = set(options.only or ()) - set(known)
+    if unknown:
+        parser.error(f"--only: {', '.join(sorted(unknown))} not known; known are {', '.join(known)}")
+    print(f"{'x'.join(map(str, options.shape))} voxels, {jax.devices()[0].device_kind}, {cpu_model()}")
+    print(f"{'':<24}{'parameters':>12}{'GFLOP':>9}{'MiB':>8}{'ms':>9}")
+    rows = {}
+    for name in options.only or known:
+        row = rows[name] = measure(build(**known[name]), tuple(options.shape), options.grid, options.repeats)
+        print(f"{name:<24}{row['parameters']:>12,}{row['gflop']:>9.1f}{row['memory_mib']:>8.0f}{row['ms']:>9.0f}")
+    if options.out:
+        result = {"cpu": cpu_model(), "shape": options.shape, "grid": options.grid, "models": rows}
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
