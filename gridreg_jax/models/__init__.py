@@ -8,8 +8,13 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.models.gridreg import GridReg
 from gridreg_jax.models.pointwise import PointwiseGridReg
 from gridreg_jax.models.prediction import Prediction
+from gridreg_jax.models.voxelmorph import VoxelMorph
 
-MODELS = {"gridreg": GridReg, "gridreg_pointwise": PointwiseGridReg}
+MODELS = {
+    "gridreg": GridReg,
+    "gridreg_pointwise": PointwiseGridReg,
+    "voxelmorph": VoxelMorph,
+}
 
 
 def build(name: str, **fields):
