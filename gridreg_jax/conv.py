@@ -165,16 +165,20 @@ def local_norm(x: Float[Array, "N X Y Z C"], window: int, *, epsilon: float = 0.
 
 
 class Conv3D(nn.Module):
-    """Convolution with bias: `features` outputs, odd cubic kernel, zero padding."""
+    """Convolution: `features` outputs, odd cubic kernel, zero padding; He initialisation, which suits a rectifier."""
 
     features: int
     kernel_size: int = 3
     stride: int = 1
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
 
     @nn.compact
     def __call__(self, x: Float[Array, "N X Y Z C"]) -> Float[Array, "N x y z D"]:
         shape = (self.kernel_size,) * 3 + (x.shape[-1], self.features)
-        # He initialisation: every convolution here feeds a rectifier.
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return conv3d(x, kernel.astype(x.dtype), stride=self.stride) + bias.astype(x.dtype)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        x = conv3d(x, kernel.astype(x.dtype), stride=self.stride)
+        if not self.use_bias:
+            return x
+        return x + self.param("bias", self.bias_init, (self.features,)).astype(x.dtype)

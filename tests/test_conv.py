@@ -76,6 +76,11 @@ def test_conv3d_is_one_of_them_under_jit_and_gradient(stride):
     np.testing.assert_allclose(loss(x)[1], gradient, rtol=1e-4, atol=1e-4)
 
 
+def test_a_layer_without_bias_has_only_its_kernel():
+    layer = conv.Conv3D(features=4, use_bias=False)
+    assert layer.init(jax.random.key(0), random_input())["params"].keys() == {"kernel"}
+
+
 def test_layer_starts_without_bias_and_adds_the_one_it_learns():
     layer, x = conv.Conv3D(features=4, stride=2), random_input()
     params = layer.init(jax.random.key(0), x)["params"]
