@@ -4,6 +4,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from gridreg_jax.doorway import join_processes, main
+from gridreg_jax.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config, a Python file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/<name of the config>.")
@@ -21,9 +22,19 @@ def run(_) -> None:
     from gridreg_jax.evaluation.evaluate import evaluate
     from gridreg_jax.training.loop import fit
 
-    workdir = WORKDIR.value or f"runs/{CONFIG.value.name}"
+    config, workdir = CONFIG.value, WORKDIR.value or f"runs/{CONFIG.value.name}"
+    if "systems" in config:
+        from configs.compare import config_of
+        from gridreg_jax.evaluation.compare import compare
+
+        try:
+            configs = {system: config_of(config, system) for system in config.systems}
+        except ValueError as error:
+            raise InputError(error) from error
+        compare(configs, workdir)
+        return
     # Evaluation is a matter of one process: with several, eval.py does it.
-    if fit(CONFIG.value, workdir) and not COORDINATOR.value:
+    if fit(config, workdir) and not COORDINATOR.value:
         evaluate(workdir)
 
 

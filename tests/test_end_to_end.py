@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 
 from configs import brain
+from configs.compare import config_of
 from gridreg_jax.data.pipeline import Dataset
 from gridreg_jax.data.preprocess import Lattice
 from gridreg_jax.doorway import join_processes
 from gridreg_jax.errors import InputError
+from gridreg_jax.evaluation.compare import compare
 from gridreg_jax.evaluation.evaluate import evaluate
 from gridreg_jax.training import loop
 from gridreg_jax.training.checkpoint import Checkpoints
@@ -264,6 +266,20 @@ def test_instance_optimisation_raises_the_similarity_of_every_case(trained, tmp_
         assert summary["refinement_steps"] == steps
     for before, after in zip(cases(plain), cases(refined), strict=True):
         assert float(after["mse_after"]) < float(before["mse_after"])
+
+
+def test_systems_are_trained_and_evaluated_alike(subjects_csv, tmp_path, capsys):
+    config = tiny_config(subjects_csv, grid_sizes=(5,), steps=4, val_every=4)
+    config.systems = ("gridreg", "voxelmorph_1")
+    rows = compare({system: config_of(config, system) for system in config.systems}, tmp_path)
+    assert [row["system"] for row in rows] == ["gridreg", "voxelmorph_1"]
+    assert rows[1]["parameters"] == 259_675
+    table = capsys.readouterr().out
+    assert all(f"{row['parameters']:,}" in table and f"{row['dice']:.4f}" in table for row in rows)
+    with open(tmp_path / "comparison.csv", newline="") as file:
+        assert [row["system"] for row in csv.DictReader(file)] == ["gridreg", "voxelmorph_1"]
+    with pytest.raises(ValueError, match="'vxm' is not known; known are gridreg, voxelmorph"):
+        config_of(config, "vxm")
 
 
 def test_a_bayesian_run_writes_its_uncertainty(subjects_csv, tmp_path):

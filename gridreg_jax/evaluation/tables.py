@@ -40,3 +40,15 @@ def format_summary(summary: dict) -> str:
             lines.append(f"{name:22}{'':10}{values['after']:10.4f}{values['after_sd']:10.4f}")
     lines.append(f"{'seconds a case':22}{'':10}{summary['metrics']['seconds']['after']:10.4f}")
     return "\n".join(lines)
+
+
+def format_rows(rows: list[dict]) -> str:
+    """Rows with the same columns as a table for the terminal; the first column is a name."""
+    name, *columns = rows[0]
+    widths = [max(len(column), 10) + 2 for column in columns]
+    first = max(len(str(row[name])) for row in rows)
+    lines = [" " * first + "".join(column.rjust(width) for column, width in zip(columns, widths, strict=True))]
+    for row in rows:
+        cells = [f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in list(row.values())[1:]]
+        lines.append(str(row[name]).ljust(first) + "".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)))
+    return "\n".join(lines)

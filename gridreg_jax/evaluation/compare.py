@@ -1,0 +1,60 @@
+"""Several systems trained and evaluated alike, and one table of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from gridreg_jax.evaluation import tables
+from gridreg_jax.evaluation.evaluate import evaluate
+from gridreg_jax.measure import make_predict
+from gridreg_jax.training.loop import fit
+from gridreg_jax.training.step import build_run, bytes_needed
+
+COLUMNS = ("dice", "tre_mm", "centroid_mm", "folding_percent", "sd_log_jacobian")
+
+
+def compare(
+    configs: dict[str, ConfigDict], workdir: str | Path, *, notify: Callable[[str], None] = print
+) -> list[dict] | None:
+    """Train and evaluate every system in a folder of its own, and write `comparison.csv`.
+
+    What is trained already is only evaluated, so that a comparison that was stopped goes on.
+
+    Args:
+      configs: by name, as `fit` takes them.
+
+    Returns:
+      A row a system: parameters, means over the test cases, memory and seconds of a prediction; None when stopped.
+
+    Raises:
+      InputError: as `fit` and `evaluate`.
+    """
+    rows = []
+    for name, config in configs.items():
+        folder = Path(workdir) / name
+        notify(f"--- {name}")
+        if not fit(config, folder):
+            return None
+        summary = evaluate(folder, notify=notify)
+        row = {"system": name} | _cost(config.to_dict(), summary["grid_size"])
+        row |= {column: summary["metrics"][column]["after"] for column in COLUMNS if column in summary["metrics"]}
+        rows.append(row | {"seconds": summary["metrics"]["seconds"]["after"]})
+        tables.write_cases(Path(workdir) / "comparison.csv", rows)
+    notify(tables.format_rows(rows))
+    return rows
+
+
+def _cost(config: dict, grid_size: list[int] | None) -> dict:
+    """Parameters, and memory of a prediction (MiB) as the compiled program tells it."""
+    run = build_run(config)
+    image = jax.ShapeDtypeStruct((1, *run.shape, 1), jnp.float32)
+    params = jax.eval_shape(run.init_state).params
+    predict = make_predict(run.model)
+    compiled = predict.lower(params, {"fixed": image, "moving": image}, grid_size and tuple(grid_size)).compile()
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "memory_mib": round(bytes_needed(compiled) / 2**20, 1),
+    }
