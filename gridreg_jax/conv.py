@@ -1,8 +1,10 @@
-"""The 3-D convolution of every model, native where the platform has a good one and matrix products on CPU; box sums.
+"""The 3-D convolution of every model, native where the platform has a good one and rewritten on CPU; box sums.
 
 XLA's own 3-D convolution on the CPU is one to two orders of magnitude slower than the same arithmetic written as
-strided slices and a matrix product, in the gradient above all.
+two-dimensional convolutions or a matrix product, in the gradient above all.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ def conv3d(
     return jax.lax.platform_dependent(
         x,
         kernel,
-        cpu=lambda x, kernel: _patches(x, kernel, stride),
+        cpu=_slices if stride == 1 else lambda x, kernel: _patches(x, kernel, stride),
         default=lambda x, kernel: _native(x, kernel, stride),
     )
 
@@ -33,6 +35,7 @@ def _native(x, kernel, stride):
 
 
 def _patches(x, kernel, stride):
+    """One matrix product: all that an output sees, side by side, times the kernel. For strides, which leave few."""
     size, channels, features = kernel.shape[0], x.shape[-1], kernel.shape[-1]
     pad = size // 2
     out = [-(-n // stride) for n in x.shape[1:4]]
@@ -51,6 +54,58 @@ def _patches(x, kernel, stride):
     return jnp.concatenate(taps, axis=-1) @ kernel.reshape(-1, features)
 
 
+@jax.custom_vjp
+def _slices(x, kernel):
+    """With stride 1: for each slice across axis 0, a two-dimensional convolution of the slices around it, side by side.
+
+    A slice stays in the cache, and memory does not grow with the kernel.
+    """
+    size, channels, features = kernel.shape[0], x.shape[-1], kernel.shape[-1]
+    flat = jnp.moveaxis(kernel, 0, 2).reshape(size, size, size * channels, features)
+    padding = [(size // 2, size // 2)] * 2
+    near, numbers = _near_slices(x, size), ("NYZC", "YZIO", "NYZC")
+
+    def one(index):
+        return jax.lax.conv_general_dilated(near(index), flat, (1, 1), padding, dimension_numbers=numbers)
+
+    return jnp.moveaxis(jax.lax.map(one, jnp.arange(x.shape[1])), 0, 1)
+
+
+def _slices_forward(x, kernel):
+    return _slices(x, kernel), (x, kernel)
+
+
+def _slices_backward(residuals, gradient):
+    x, kernel = residuals
+    size, (_, depth, *shape, _) = kernel.shape[0], x.shape
+    near = _near_slices(x, size)
+
+    def add(total, index):
+        around = jnp.pad(near(index), [(0, 0), *[(size // 2, size // 2)] * 2, (0, 0)])
+        slopes = jax.lax.dynamic_index_in_dim(gradient, index, axis=1, keepdims=False)
+        taps = [around[:, j : j + shape[0], k : k + shape[1]] for j in range(size) for k in range(size)]
+        return total + jnp.stack([jnp.einsum("nyzc,nyzd->cd", tap, slopes) for tap in taps]), None
+
+    start = jnp.zeros((size**2, size * x.shape[-1], gradient.shape[-1]), gradient.dtype)
+    total, _ = jax.lax.scan(add, start, jnp.arange(depth))
+    d_kernel = jnp.moveaxis(total.reshape(size, size, size, *kernel.shape[3:]), 2, 0)
+    return _slices(gradient, jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)), d_kernel
+
+
+_slices.defvjp(_slices_forward, _slices_backward)
+
+
+def _near_slices(x: Float[Array, "N X Y Z C"], size: int) -> Callable:
+    """A function from an index along axis 0 to the `size` slices around it, side by side `[N, Y, Z, size C]`."""
+    padded = jnp.pad(x, [(0, 0), (size // 2, size // 2)] + [(0, 0)] * 3)
+
+    def near(index):
+        slices = jax.lax.dynamic_slice_in_dim(padded, index, size, axis=1)
+        return jnp.moveaxis(slices, 1, 3).reshape(*slices.shape[:1], *slices.shape[2:4], -1)
+
+    return near
+
+
 def box_sum(values: Float[Array, "N X Y Z C"], window: int, padding: tuple[int, int]) -> Float[Array, "N x y z C"]:
     """Sums over cubes of `window` voxels, one axis after the other; zeros beyond the border.
 
@@ -65,16 +120,20 @@ def box_sum(values: Float[Array, "N X Y Z C"], window: int, padding: tuple[int, 
 
 
 class Conv3D(nn.Module):
-    """Convolution with bias: `features` outputs, odd cubic kernel, zero padding."""
+    """Convolution: `features` outputs, odd cubic kernel, zero padding; He initialisation, which suits a rectifier."""
 
     features: int
     kernel_size: int = 3
     stride: int = 1
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
 
     @nn.compact
     def __call__(self, x: Float[Array, "N X Y Z C"]) -> Float[Array, "N x y z D"]:
         shape = (self.kernel_size,) * 3 + (x.shape[-1], self.features)
-        # He initialisation: every convolution here feeds a rectifier.
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return conv3d(x, kernel.astype(x.dtype), stride=self.stride) + bias.astype(x.dtype)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        x = conv3d(x, kernel.astype(x.dtype), stride=self.stride)
+        if not self.use_bias:
+            return x
+        return x + self.param("bias", self.bias_init, (self.features,)).astype(x.dtype)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -239,6 +240,60 @@ def test_a_bayesian_run_writes_its_uncertainty(subjects_csv, tmp_path):
     assert sigma.shape == TINY["data.shape"] and sigma.min() > 0
     np.testing.assert_allclose(np.abs(np.diag(image.affine)[:3]), TINY["data.spacing"])
     assert_pictures(tmp_path / "evaluation")
+
+
+def tiny_voxelmorph(subjects, **changes):
+    config = brain.get_config("voxelmorph")
+    common = {name: value for name, value in TINY.items() if not name.startswith("model.") and name != "grid_sizes"}
+    tiny = dict(model__encoder=(4, 4), model__decoder=((4,), (4,), (4,)), model__steps=3)
+    changes = tiny | dict(steps=6, val_every=3, checkpoint_every=2) | changes
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    config.update_from_flattened_dict(common | {"data.subjects": str(subjects)} | changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def dense(subjects_csv, tmp_path_factory):
+    """Folder and summary of a run of a model that predicts no control grid."""
+    workdir = tmp_path_factory.mktemp("dense")
+    return workdir, run(tiny_voxelmorph(subjects_csv), workdir)
+
+
+def test_a_model_without_a_control_grid_is_trained_and_evaluated_without_grid_size(dense):
+    workdir, summary = dense
+    training, validation = ([x for x in read_metrics(workdir) if x["kind"] == kind] for kind in ("train", "val"))
+    assert all("grid_size" not in line and line["gradient"] >= 0 for line in training)
+    assert [line["grid_size"] for line in validation] == [None, None]
+    assert [line["scores"] for line in validation] == [{"none": line["score"]} for line in validation]
+    assert (summary["grid_size"], summary["cases"]) == (None, 2)
+    assert json.loads((workdir / "evaluation" / "summary.json").read_text()) == summary
+    assert_pictures(workdir / "evaluation")
+
+
+def test_a_model_without_a_control_grid_goes_on_where_it_stopped(dense, subjects_csv, tmp_path, monkeypatch):
+    @contextmanager
+    def after_four_steps():
+        asked = iter([False] * 4)
+        yield lambda: next(asked, True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_stop_requested", after_four_steps)
+        assert not fit(tiny_voxelmorph(subjects_csv), tmp_path)
+    assert read_metrics(tmp_path)[-1]["step"] == 4
+    run(tiny_voxelmorph(subjects_csv), tmp_path)
+    assert losses(dense[0]) == losses(tmp_path)
+    assert cases(dense[0] / "evaluation") == cases(tmp_path / "evaluation")
+
+
+def test_what_needs_a_control_grid_is_refused_without_one(dense, subjects_csv, tmp_path):
+    for options in (dict(grid_size=(5, 5, 5)), dict(grid_size="auto"), dict(refine=10)):
+        message = f"--{next(iter(options))}: the run's model, voxelmorph, predicts no control grid"
+        with pytest.raises(InputError, match=message):
+            evaluate(dense[0], **options)
+    for name, value in dict(grid_sizes=(5,), refinement__steps=10).items():
+        message = f"{name.replace('__', '.')} is .*, but the model 'voxelmorph' predicts no control grid"
+        with pytest.raises(InputError, match=message):
+            fit(tiny_voxelmorph(subjects_csv, **{name: value}), tmp_path / "run")
 
 
 NO_OPTION = "the config has no such option: "

@@ -10,12 +10,14 @@ from gridreg_jax.models.keymorph import KeyMorph
 from gridreg_jax.models.lightcrcf import LightCRCF
 from gridreg_jax.models.pointwise import PointwiseGridReg
 from gridreg_jax.models.prediction import Prediction
+from gridreg_jax.models.voxelmorph import VoxelMorph
 
 MODELS = {
     "gridreg": GridReg,
     "gridreg_pointwise": PointwiseGridReg,
     "keymorph": KeyMorph,
     "lightcrcf": LightCRCF,
+    "voxelmorph": VoxelMorph,
 }
 
 

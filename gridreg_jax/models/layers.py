@@ -14,6 +14,8 @@ from jaxtyping import Array, Float
 from gridreg_jax.attention import window_attention
 from gridreg_jax.conv import Conv3D, box_sum
 from gridreg_jax.errors import InputError
+from gridreg_jax.transforms.interpolation import interpolate
+from gridreg_jax.transforms.warp import integrate
 
 # Angular frequencies per unit of normalised position, at most 3 pi: control points of the smallest grid (4 an axis) are
 # 1/3 apart, so no frequency turns by more than pi between neighbours and none aliases, whatever the grid size.
@@ -49,6 +51,31 @@ def local_norm(x: Float[Array, "N X Y Z C"], window: int, *, epsilon: float = 0.
     mean = box_mean(x)
     variance = jnp.maximum(box_mean(x * x) - mean**2, 0)
     return (x - mean) * jax.lax.rsqrt(variance + epsilon**2)
+
+
+def pad_to_multiple(x: Float[Array, "N X Y Z C"], multiple: int) -> Float[Array, "N x y z C"]:
+    """Zeros at the far end of every axis, up to the next multiple."""
+    return jnp.pad(x, [(0, 0), *((0, -size % multiple) for size in x.shape[1:4]), (0, 0)])
+
+
+def crop(x: Float[Array, "N x y z C"], shape: tuple[int, int, int]) -> Float[Array, "N X Y Z C"]:
+    """The near end of every axis: what `pad_to_multiple` began from."""
+    return x[:, : shape[0], : shape[1], : shape[2]]
+
+
+def half_lattice(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Voxels an axis at half the resolution, rounded up."""
+    return tuple(-(-size // 2) for size in shape)
+
+
+def flow_of_half(
+    velocity: Float[Array, "N x y z 3"], shape: tuple[int, int, int], *, steps: int
+) -> Float[Array, "N X Y Z 3"]:
+    """Displacement of the flow of a velocity on the half lattice (in voxels of that), corners lying on corners.
+
+    Source: the authors' code of VoxelMorph, which takes two voxels for one, whatever the sizes.
+    """
+    return 2 * interpolate(integrate(velocity, steps=steps), shape)
 
 
 class FeatureMap(NamedTuple):

@@ -196,7 +196,7 @@ def _initial_state(run, config: dict, checkpoints: Checkpoints):
     return step, state, chosen
 
 
-def _compile(train_step: Callable, state, batch: dict, grid_sizes: tuple[int, ...]) -> dict[tuple, Callable]:
+def _compile(train_step: Callable, state, batch: dict, grid_sizes: tuple[int, ...]) -> dict[GridSize, Callable]:
     began = time.perf_counter()
     tqdm.write("compiling" + (f" for grid sizes {', '.join(map(str, grid_sizes))}" if grid_sizes else ""))
     steps, needed = compile_steps(train_step, state, batch, candidates(grid_sizes))

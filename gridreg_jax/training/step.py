@@ -16,7 +16,7 @@ from gridreg_jax import rng
 from gridreg_jax.augment import augment
 from gridreg_jax.errors import InputError
 from gridreg_jax.measure import GridSize, candidates
-from gridreg_jax.models import build
+from gridreg_jax.models import Prediction, build
 from gridreg_jax.training.objective import objective
 from gridreg_jax.training.optimizer import build_optimizer
 
@@ -124,8 +124,9 @@ def make_train_step(
             if not example_streams:
                 return run(batch["fixed"], batch["moving"], {})
             # One example at a time, as far as the model can see, so that each has noise of its own.
-            one = jax.vmap(lambda fixed, moving, keys: run(fixed[None], moving[None], keys))
-            return jax.tree.map(lambda leaf: leaf[:, 0], one(batch["fixed"], batch["moving"], example_streams))
+            one = jax.vmap(lambda fixed, moving, keys: vars(run(fixed[None], moving[None], keys)))
+            found = one(batch["fixed"], batch["moving"], example_streams)
+            return Prediction(**jax.tree.map(lambda leaf: leaf[:, 0], found))
 
         def mean_loss(params):
             prediction = predict(params)

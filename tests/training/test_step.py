@@ -49,9 +49,25 @@ def train(examples=range(BATCH)):
     for _ in range(STEPS):
         state, metrics = step(state, training.shard(batch(examples)), GRID)
         losses = jax.device_get(metrics)
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state.params))
-    params = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-    return params, losses, state, start
+    return by_path(state.params), losses, state, start
+
+
+def train_with_noise():
+    """Parameters and loss of a model that draws a velocity of its own for every example."""
+    fields = dict(encoder=(4, 4), decoder=((4,), (4,), (4,)), steps=2, probabilistic=True)
+    run = training.build_run(CONFIG | dict(model=dict(name="voxelmorph", **fields), grid_sizes=()))
+    loss = LOSS | dict(bending=0.0, kl=1e-3)
+    step = training.make_train_step(run.model, run.optimizer, seed=0, loss=loss, augmentation={})
+    state = run.init_state()
+    state.params["params"]["log_variance"]["bias"] = np.zeros(3, np.float32)  # a voxel of noise, to be seen
+    for _ in range(2):
+        state, metrics = step(state, training.shard(batch()), None)
+    return by_path(state.params) | {"loss": jax.device_get(metrics)["loss"]}
+
+
+def by_path(params):
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(params))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +101,11 @@ def test_two_devices_take_the_steps_of_one(on_all_devices, on_one_device):
     np.testing.assert_allclose(losses["loss"], on_one_device["loss"], atol=1e-5)
     for name, leaf in params.items():
         np.testing.assert_allclose(leaf, on_one_device[name], atol=1e-5, err_msg=name)
+
+
+def test_the_noise_of_an_example_does_not_depend_on_the_number_of_devices(on_one_device):
+    for name, value in train_with_noise().items():
+        np.testing.assert_allclose(value, on_one_device[f"with noise {name}"], atol=1e-5, err_msg=name)
 
 
 def test_every_example_counts_so_that_a_forgotten_mean_over_devices_would_show(on_all_devices):
@@ -153,4 +174,5 @@ def test_a_step_that_would_not_fit_is_refused_before_it_runs(monkeypatch):
 
 if __name__ == "__main__":
     params, losses, *_ = train()
-    np.savez(sys.argv[1], devices=jax.local_device_count(), loss=losses["loss"], **params)
+    noisy = {f"with noise {name}": value for name, value in train_with_noise().items()}
+    np.savez(sys.argv[1], devices=jax.local_device_count(), loss=losses["loss"], **params, **noisy)
