@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from gridreg_jax.errors import InputError
 from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map
@@ -84,8 +84,8 @@ def refine(
 
 
 def descend(
-    loss: Callable, start: Float[Array, "..."], *, steps: int, learning_rate: float | Float[Array, ""]
-) -> tuple[Float[Array, "..."], Float[Array, "steps ..."]]:
+    loss: Callable, start: PyTree[Float[Array, "..."]], *, steps: int, learning_rate: float | Float[Array, ""]
+) -> tuple[PyTree[Float[Array, "..."]], Float[Array, "steps ..."]]:
     """Adam with a step size that falls to 0 along a cosine.
 
     Args:

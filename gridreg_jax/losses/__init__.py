@@ -2,9 +2,18 @@
 
 from gridreg_jax.losses.overlap import soft_dice
 from gridreg_jax.losses.regularity import bending_energy, bending_energy_of_map, diffusion_energy, kl_to_smooth
-from gridreg_jax.losses.similarity import lncc, mind, mse, ncc, nmi, normalised_residual, uncertainty_weighted_mse
+from gridreg_jax.losses.similarity import (
+    lncc,
+    mind,
+    mse,
+    ncc,
+    nmi,
+    normalised_residual,
+    ssim,
+    uncertainty_weighted_mse,
+)
 
-SIMILARITIES = {"mse": mse, "lncc": lncc, "ncc": ncc, "nmi": nmi, "mind": mind}
+SIMILARITIES = {"mse": mse, "lncc": lncc, "ncc": ncc, "nmi": nmi, "mind": mind, "ssim": ssim}
 REGULARISERS = {"bending": bending_energy, "diffusion": diffusion_energy}
 
 __all__ = [
@@ -19,7 +28,8 @@ __all__ = [
     "mse",
     "ncc",
     "nmi",
-    "soft_dice",
     "normalised_residual",
+    "soft_dice",
+    "ssim",
     "uncertainty_weighted_mse",
 ]

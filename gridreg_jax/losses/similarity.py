@@ -102,28 +102,37 @@ def lncc(fixed: Image, warped: Image, *, window: int = 9, mask: Mask | None = No
 
     Source: Avants et al., Medical Image Analysis 2008; squared as in Balakrishnan et al., IEEE TMI 2019.
     """
-    if window < 1 or window % 2 == 0:
-        raise InputError(f"lncc needs an odd window of at least 1 voxel; it is {window}.")
+    _check_window("lncc", window)
     fixed, warped, weight = _as_float(fixed, warped, mask)
     fixed, warped = _standardised(fixed, weight), _standardised(warped, weight)
-    padding = (window // 2, window // 2)
-    if weight is None:
-        lines = [jnp.ones([size if a == axis else 1 for a, size in enumerate(fixed.shape)]) for axis in (1, 2, 3)]
-        count = math.prod(box_sum(line, window, padding) for line in lines)
-    else:
-        count = box_sum(weight, window, padding)
-
-    def local_mean(values):
-        sums = box_sum(values if weight is None else values * weight, window, padding)
-        return jnp.where(count > 0, sums / jnp.where(count > 0, count, 1.0), 0.0)
-
-    fixed_mean, warped_mean = local_mean(fixed), local_mean(warped)
-    covariance = local_mean(fixed * warped) - fixed_mean * warped_mean
-    fixed_variance = local_mean(fixed**2) - fixed_mean**2
-    warped_variance = local_mean(warped**2) - warped_mean**2
-    # Rounding can leave the variance of a flat window a little below 0.
-    variances = jnp.maximum(fixed_variance, 0) * jnp.maximum(warped_variance, 0)
+    _, _, fixed_variance, warped_variance, covariance = _local_moments(fixed, warped, weight, window)
+    variances = fixed_variance * warped_variance
     return jnp.mean(1 - _mean(covariance**2 / (variances + 1e-8), weight), axis=-1)
+
+
+def ssim(fixed: Image, warped: Image, *, window: int = 7, mask: Mask | None = None) -> Float[Array, " N"]:
+    """One minus the mean structural similarity, in [0, 2], of intensities in [0, 1].
+
+    In a cube about each voxel with means m, n, variances v, w and covariance c, the similarity is
+    `(2 m n + 0.01^2) (2 c + 0.03^2) / ((m^2 + n^2 + 0.01^2) (v + w + 0.03^2))`: of brightness, and of contrast and
+    structure. A window that reaches over the border, or out of the mask, uses the voxels it has.
+
+    Args:
+      fixed, warped: images on one lattice.
+      window: voxels along each axis; odd.
+      mask: weight of each voxel, in the windows and in the mean: what lies outside has no influence.
+
+    Raises:
+      InputError: an even window, or none.
+
+    Source: Wang et al., IEEE Trans. Image Processing 2004, with uniform windows.
+    """
+    _check_window("ssim", window)
+    fixed, warped, weight = _as_float(fixed, warped, mask)
+    mean, warped_mean, variance, warped_variance, covariance = _local_moments(fixed, warped, weight, window)
+    brightness = (2 * mean * warped_mean + 1e-4) / (mean**2 + warped_mean**2 + 1e-4)
+    structure = (2 * covariance + 9e-4) / (variance + warped_variance + 9e-4)
+    return jnp.mean(1 - _mean(brightness * structure, weight), axis=-1)
 
 
 def nmi(fixed: Image, warped: Image, *, bins: int = 32, mask: Mask | None = None) -> Float[Array, " N"]:
@@ -232,6 +241,32 @@ def _mind_ssc(image: Float[Array, "N X Y Z C"], radius: int, dilation: int) -> l
     # The last term keeps a constant image finite, and is nothing beside any contrast.
     variance = jnp.clip(variance, typical / 1000, typical * 1000) + 1e-12
     return [jnp.exp((least - distance) / variance) for distance in distances]
+
+
+def _check_window(name: str, window: int) -> None:
+    if window < 1 or window % 2 == 0:
+        raise InputError(f"{name} needs an odd window of at least 1 voxel; it is {window}.")
+
+
+def _local_moments(fixed, warped, weight, window: int):
+    """Means of both images in a cube about each voxel, their variances, and their covariance."""
+    padding = (window // 2, window // 2)
+    if weight is None:
+        lines = [jnp.ones([size if a == axis else 1 for a, size in enumerate(fixed.shape)]) for axis in (1, 2, 3)]
+        count = math.prod(box_sum(line, window, padding) for line in lines)
+    else:
+        count = box_sum(weight, window, padding)
+
+    def local_mean(values):
+        sums = box_sum(values if weight is None else values * weight, window, padding)
+        return jnp.where(count > 0, sums / jnp.where(count > 0, count, 1.0), 0.0)
+
+    fixed_mean, warped_mean = local_mean(fixed), local_mean(warped)
+    covariance = local_mean(fixed * warped) - fixed_mean * warped_mean
+    # Rounding can leave the variance of a flat window a little below 0.
+    fixed_variance = jnp.maximum(local_mean(fixed**2) - fixed_mean**2, 0)
+    warped_variance = jnp.maximum(local_mean(warped**2) - warped_mean**2, 0)
+    return fixed_mean, warped_mean, fixed_variance, warped_variance, covariance
 
 
 def _as_float(fixed: Image, warped: Image, mask: Mask | None):

@@ -37,8 +37,8 @@ class KeyMorph(nn.Module):
       keypoints: how many; the authors use 64 to 512.
       transform: "tps" (thin-plate spline), "affine" or "rigid".
       smoothing: lambda of the spline: 0 interpolates the keypoints, 10 is almost affine. The only regulariser.
-      draw: of lambda in training, one a step from the stream "lambda": "uniform" in [0, 10], "loguniform" in
-        [1e-6, 10]; "": `smoothing`.
+      draw: of lambda in training, from the stream "lambda": "uniform" in [0, 10], "loguniform" in [1e-6, 10]; "":
+        none, it is `smoothing`.
       kernel: of the spline (see `thin_plate.KERNELS`): "r2logr", the authors'; "r" is that of three dimensions.
       weighted: weight each keypoint with the product of its two heat maps' sums, 1 on average (the authors' "power").
     """
@@ -78,6 +78,11 @@ class KeyMorph(nn.Module):
             weights = power / jnp.maximum(power.mean(axis=1, keepdims=True), 1e-12) + 1e-6
         displacement, affine = self._map(fixed_points, moving_points, weights, fixed.shape[1:4], train)
         return Prediction(displacement=displacement, affine=affine, keypoints=(fixed_points, moving_points))
+
+    @property
+    def example_streams(self) -> tuple[str, ...]:
+        """Random streams of which training gives each example one of its own."""
+        return ("lambda",) if self.draw else ()
 
     def _map(self, fixed_points, moving_points, weights, shape, train):
         """Displacement, and the affine where it is one."""

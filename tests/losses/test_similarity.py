@@ -55,16 +55,27 @@ def assert_gradient_is_slope(found, oracle, warped, seed=7, step=1e-6):
         assert abs(np.sum(found * direction) - slope) < 1e-4 * scale
 
 
-def lncc_oracle(fixed, warped, window=9):
+def local_moments(fixed, warped, window):
+    """Means, variances and covariance in cubes cut at the border."""
+
     def local(volume):
         def box(v):
             return ndimage.uniform_filter(v, window, mode="constant")
 
         return box(volume) / box(np.ones(volume.shape))
 
-    covariance = local(fixed * warped) - local(fixed) * local(warped)
-    variances = [local(v * v) - local(v) ** 2 for v in (fixed, warped)]
+    means, variances = zip(*((local(v), local(v * v) - local(v) ** 2) for v in (fixed, warped)), strict=True)
+    return means, variances, local(fixed * warped) - means[0] * means[1]
+
+
+def lncc_oracle(fixed, warped, window=9):
+    _, variances, covariance = local_moments(fixed, warped, window)
     return 1 - np.mean(covariance**2 / (variances[0] * variances[1]))
+
+
+def ssim_map(fixed, warped, window=7):
+    (m, n), (v, w), covariance = local_moments(fixed, warped, window)
+    return (2 * m * n + 0.01**2) * (2 * covariance + 0.03**2) / ((m**2 + n**2 + 0.01**2) * (v + w + 0.03**2))
 
 
 def nmi_oracle(fixed, warped, bins, span=None):
@@ -148,7 +159,7 @@ def test_a_flat_image_is_unrelated(name):
     assert value(losses.SIMILARITIES[name], image, np.full(SHAPE, 0.3)) == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["mse", "ncc", "lncc", "nmi"])
+@pytest.mark.parametrize("name", ["mse", "ncc", "lncc", "nmi", "ssim"])
 def test_outside_of_the_mask_has_no_influence(name):
     fixed, warped = image_pair()
     mask = np.random.default_rng(3).random(SHAPE) < 0.5
@@ -242,10 +253,36 @@ def test_lncc_ignores_a_gain_and_offset_that_differ_from_place_to_place():
     assert abs(value(losses.ncc, fixed, local, mask=mask) - value(losses.ncc, fixed, warped, mask=mask)) > 0.1
 
 
+@pytest.mark.parametrize(("window", "shape"), [(3, SHAPE), (7, SHAPE), (7, (5, 4, 6))])
+def test_ssim_against_scipy(window, shape):
+    fixed, warped = image_pair(shape=shape)
+    expected = 1 - ssim_map(fixed, warped, window).mean()
+    assert value(losses.ssim, fixed, warped, window=window) == pytest.approx(expected, abs=1e-5)
+    slope = gradient(losses.ssim, fixed, warped, window=window)
+    assert_gradient_is_slope(slope, lambda image: 1 - ssim_map(fixed, image, window).mean(), warped)
+
+
+def test_ssim_is_that_of_scikit_image_away_from_the_border():
+    metrics = pytest.importorskip("skimage.metrics")
+    fixed, warped = image_pair()
+    options = dict(win_size=7, data_range=1.0, use_sample_covariance=False, full=True)
+    _, expected = metrics.structural_similarity(fixed, warped, **options)
+    inside = (slice(3, -3),) * 3
+    np.testing.assert_allclose(ssim_map(fixed, warped)[inside], expected[inside], atol=1e-10)
+
+
+def test_ssim_sees_brightness_and_contrast():
+    image = 0.5 + 0.1 * image_pair()[0]
+    assert value(losses.ssim, image, image) == pytest.approx(0, abs=1e-5)
+    for other in (image + 0.2, 0.5 + 0.3 * (image - 0.5), 1 - image):
+        assert value(losses.ssim, image, other) > 0.02
+
+
+@pytest.mark.parametrize("loss", [losses.lncc, losses.ssim])
 @pytest.mark.parametrize("window", [4, 0, -1])
-def test_lncc_needs_an_odd_window(window):
-    with pytest.raises(InputError, match="odd window"):
-        losses.lncc(jnp.zeros((1, 5, 5, 5, 1)), jnp.zeros((1, 5, 5, 5, 1)), window=window)
+def test_an_odd_window_is_needed(loss, window):
+    with pytest.raises(InputError, match=f"{loss.__name__} needs an odd window of at least 1 voxel; it is {window}"):
+        loss(jnp.zeros((1, 5, 5, 5, 1)), jnp.zeros((1, 5, 5, 5, 1)), window=window)
 
 
 def test_nmi_of_images_on_bin_centres():
