@@ -34,7 +34,7 @@ def config_of(config: ConfigDict, system: str) -> ConfigDict:
     """
     if system not in ("gridreg", *MODELS):
         raise ValueError(f"systems: {system!r} is not known; known are gridreg, {', '.join(MODELS)}")
-    one = config.copy_and_resolve_references()
+    one = config.copy_and_resolve_references().unlock()
     del one["systems"]
     optimizer = one.optimizer.copy_and_resolve_references()
     one = default.use_model(one, "" if system == "gridreg" else system)

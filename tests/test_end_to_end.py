@@ -271,6 +271,7 @@ def test_instance_optimisation_raises_the_similarity_of_every_case(trained, tmp_
 def test_systems_are_trained_and_evaluated_alike(subjects_csv, tmp_path, capsys):
     config = tiny_config(subjects_csv, grid_sizes=(5,), steps=4, val_every=4)
     config.systems = ("gridreg", "voxelmorph_1")
+    config.lock()  # as on the command line
     rows = compare({system: config_of(config, system) for system in config.systems}, tmp_path)
     assert [row["system"] for row in rows] == ["gridreg", "voxelmorph_1"]
     assert rows[1]["parameters"] == 259_675
