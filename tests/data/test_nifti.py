@@ -289,11 +289,12 @@ def test_save_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "image.nii"
     nifti.save(path, ramp(), np.eye(4))
 
-    def fail(image, name):
-        Path(name).write_bytes(b"half of a file")
+    def fail(path, content):
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nib, "save", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(InputError, match="image.nii: cannot be written .*No space"):
         nifti.save(path, 2 * ramp(), np.eye(4))
     assert list(tmp_path.iterdir()) == [path]
