@@ -24,6 +24,23 @@ _VOXELMORPH = dict(
     probabilistic=False,
 )
 _VOXELMORPH_PAPER = _VOXELMORPH | dict(strided=True, steps=0)
+_KEYMORPH = dict(
+    name="keymorph",
+    keypoints=128,
+    transform="tps",  # "affine", "rigid"
+    smoothing=0.1,  # lambda of the spline; the only regulariser
+    draw="loguniform",  # how training draws lambda instead; "uniform", "": not at all
+    kernel="r2logr",  # "r": the thin plate of three dimensions
+    weighted=False,
+)
+_LIGHTCRCF = dict(
+    name="lightcrcf",
+    stages=3,  # resolutions, coarse to fine
+    encoder=(8, 16, 16),
+    decoder=(16, 8),
+    shared=False,  # one network for all stages
+    fused=False,
+)
 _ADAM = dict(name="adam", learning_rate=1e-4, decay=False, clip=0.0)
 
 MODELS = {
@@ -42,4 +59,6 @@ MODELS = {
     "voxelmorph_probabilistic": dict(
         fields=_VOXELMORPH | dict(probabilistic=True), optimizer=_ADAM, loss=_kl(image_sigma=0.02)
     ),
+    "keymorph": dict(fields=_KEYMORPH, optimizer=_ADAM, loss=_gradient(mse=0.0, lncc=0.0)),
+    "lightcrcf": dict(fields=_LIGHTCRCF, optimizer=_ADAM, loss=_gradient(mse=0.01, lncc=1.0)),
 }

@@ -66,7 +66,7 @@ def optimise(
     moving: Float[Array, "N X Y Z 1"],
     *,
     key: PRNGKeyArray,
-    steps: int = 300,
+    steps: int = 250,
     learning_rate: float | Float[Array, ""] = 5e-3,
     halvings: int = 1,
     mask: Shaped[Array, "N X Y Z"] | None = None,

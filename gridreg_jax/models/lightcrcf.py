@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from gridreg_jax.conv import Conv3D, conv3d
 from gridreg_jax.errors import InputError
+from gridreg_jax.models.layers import crop
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.transforms.pyramid import double, halve
 from gridreg_jax.transforms.warp import compose, warp
@@ -100,7 +101,7 @@ class UNet(nn.Module):
             skip = skips[-2 - level]
             for axis in (1, 2, 3):
                 x = jnp.repeat(x, 2, axis=axis)
-            x = jnp.concatenate([x[tuple(map(slice, skip.shape[:4]))], skip], axis=-1)
+            x = jnp.concatenate([crop(x, skip.shape[1:4]), skip], axis=-1)
             x = nn.leaky_relu(conv(width, name=f"up{level}")(x), 0.2)
         return head(3, name="flow")(x)
 

@@ -1,0 +1,91 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gridreg_jax.ncf import CorrespondenceField, optimise
+from gridreg_jax.transforms.interpolation import interpolate
+from gridreg_jax.transforms.warp import warp
+
+SHAPE = (34, 30, 37)
+optimised = functools.partial(jax.jit(optimise, static_argnames=("steps", "halvings")), key=jax.random.key(0))
+
+
+def pair(seed=0, amplitude=3.0):
+    """An image, and the same under a smooth map that is known: (fixed, moving, displacement)."""
+    smooth = interpolate(jax.random.normal(jax.random.key(seed), (1, 8, 8, 8, 1)), SHAPE, method="bspline")
+    moving = jax.nn.sigmoid(3 * smooth)
+    control_grid = amplitude * jax.random.normal(jax.random.key(seed + 100), (1, 5, 5, 5, 3))
+    displacement = interpolate(control_grid, SHAPE, method="bspline")
+    return warp(moving, displacement), moving, displacement
+
+
+def test_number_of_parameters():
+    shapes = jax.eval_shape(lambda: CorrespondenceField().init(jax.random.key(0), SHAPE))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 60_262
+
+
+def test_the_field_is_a_perceptron_of_encoded_coordinates_and_a_smoother():
+    shape, field = (4, 3, 5), CorrespondenceField(frequencies=3, width=7, layers=4, smoother=2)
+    shapes = jax.eval_shape(lambda: field.init(jax.random.key(0), shape))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, size) for size in shape], indexing="ij"), -1)
+    hidden = params["params"]["axis0"]["bias"]
+    for axis in range(3):
+        phases = np.pi * grid[..., axis, None] * [1, 2, 4]
+        codes = np.concatenate([grid[..., axis, None], np.sin(phases), np.cos(phases)], axis=-1)
+        hidden = hidden + codes @ params["params"][f"axis{axis}"]["kernel"]
+    for layer in ("layer1", "layer2", "coarse"):
+        weights = params["params"][layer]
+        hidden = np.maximum(hidden, 0) @ weights["kernel"] + weights["bias"]
+    np.testing.assert_allclose(field.apply(_without(params, "smooth"), shape)[0], hidden, rtol=1e-3, atol=1e-3)
+    # The smoother alone, on no displacement: the same everywhere, two voxels off the border.
+    smoothed = np.asarray(field.apply(_without(params, "coarse"), (7, 6, 8))[0])
+    inner = smoothed[2:-2, 2:-2, 2:-2]
+    np.testing.assert_allclose(inner, np.broadcast_to(inner[0, 0, 0], inner.shape), atol=1e-5)
+    between = np.maximum(params["params"]["smoother"]["bias"], 0)
+    weights = params["params"]["smooth"]
+    expected = weights["bias"] + np.einsum("c,xyzcd->d", between, weights["kernel"])
+    np.testing.assert_allclose(inner[0, 0, 0], expected, rtol=1e-4, atol=1e-4)
+
+
+def _without(params, layer):
+    zeros = jax.tree.map(jnp.zeros_like, params["params"][layer])
+    return {"params": {**params["params"], layer: zeros}}
+
+
+def test_starts_at_the_identity():
+    fixed, moving, _ = pair()
+    found = optimised(fixed, moving, steps=0)
+    assert found.shape == (1, *SHAPE, 3) and 0 < jnp.abs(found).max() < 0.05
+
+
+def test_a_known_map_is_found():
+    fixed, moving, true = pair()
+    found = optimised(fixed, moving, steps=150)
+    inside = (0, *[slice(3, -3)] * 3)  # at the border the images hold too little
+
+    def mean_length(vectors):
+        return float(jnp.linalg.norm(vectors[inside], axis=-1).mean())
+
+    assert mean_length(true) > 1
+    assert mean_length(found - true) < 0.5 * mean_length(true)
+
+
+def test_pairs_of_a_batch_do_not_influence_each_other():
+    fixed, moving, _ = (jnp.concatenate(parts) for parts in zip(pair(0), pair(1), strict=True))
+    both = optimised(fixed, moving, steps=3)
+    other = optimised(fixed, moving.at[1].set(0.5), steps=3)
+    np.testing.assert_allclose(both[0], other[0], atol=1e-5)
+    assert jnp.abs(both[1] - other[1]).max() > 1e-3
+
+
+def test_what_is_masked_has_no_influence():
+    fixed, moving, _ = pair()
+    mask = jnp.ones(fixed.shape[:4], bool).at[:, 16:].set(False)
+    plain = optimised(fixed, moving, steps=3, mask=mask)
+    other = optimised(fixed.at[:, 16:].set(0.9), moving, steps=3, mask=mask)
+    np.testing.assert_allclose(plain, other, atol=1e-5)
+    assert jnp.abs(plain - optimised(fixed, moving, steps=3)).max() > 1e-3
