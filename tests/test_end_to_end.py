@@ -329,7 +329,7 @@ def test_a_model_without_a_control_grid_goes_on_where_it_stopped(dense, subjects
     @contextmanager
     def after_four_steps():
         asked = iter([False] * 4)
-        yield lambda: next(asked, True)
+        yield lambda step: next(asked, True)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_stop_requested", after_four_steps)
