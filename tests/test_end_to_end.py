@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,12 +18,9 @@ import numpy as np
 import pytest
 
 from configs import brain
-from configs.compare import config_of
 from gridreg_jax.data.pipeline import Dataset
 from gridreg_jax.data.preprocess import Lattice
-from gridreg_jax.doorway import join_processes
 from gridreg_jax.errors import InputError
-from gridreg_jax.evaluation.compare import compare
 from gridreg_jax.evaluation.evaluate import evaluate
 from gridreg_jax.training import loop
 from gridreg_jax.training.checkpoint import Checkpoints
@@ -180,28 +176,6 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_is_the_uninterrupted_one(trained, s
     assert_same_run(trained[0], tmp_path)
 
 
-def test_two_processes_are_two_devices(trained, subjects_csv, tmp_path, monkeypatch):
-    if jax.local_device_count() != 2:
-        pytest.skip("the other run has two devices")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # one device each
-    options = [*train_options(subjects_csv, tmp_path), f"--coordinator=127.0.0.1:{port}", "--processes=2"]
-    programs = [start("train.py", *options, f"--process={index}") for index in (0, 1)]
-    for program in programs:
-        _, errors = program.communicate(timeout=300)
-        assert program.returncode == 0, errors
-    one, other = losses(tmp_path), losses(trained[0])
-    assert [(line["kind"], line["step"]) for line in one] == [(line["kind"], line["step"]) for line in other]
-    for line, expected in zip(one, other, strict=True):
-        if line["kind"] == "train" and line["step"] <= 20:  # later on, rounding tells
-            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-    for a, b in zip(jax.tree.leaves(final_params(tmp_path)), jax.tree.leaves(final_params(trained[0])), strict=True):
-        np.testing.assert_allclose(a, b, atol=0.05)
-    assert evaluate(tmp_path, out=tmp_path / "evaluation", notify=lambda line: None)["cases"] == 2
-
-
 def test_a_run_whose_latest_checkpoint_is_damaged_goes_back_and_ends_the_same(trained, subjects_csv, tmp_path, capsys):
     workdir = tmp_path / "copy"
     shutil.copytree(trained[0], workdir)
@@ -218,20 +192,6 @@ def test_a_finished_run_started_again_is_only_evaluated(trained, subjects_csv, t
     again = run(tiny_config(subjects_csv), trained[0])
     assert (trained[0] / "metrics.jsonl").read_text() == before
     assert again["metrics"]["dice"] == trained[1]["metrics"]["dice"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("host:1", 2, None), "--coordinator=host:port needs --processes"),
-        ((None, 2, 0), "need --coordinator=host:port"),
-        (("auto", 2, 0), "leave them out"),
-        (("auto", None, None), "did not find each other"),
-    ],
-)
-def test_processes_that_cannot_be_joined(options, message):
-    with pytest.raises(InputError, match=message):
-        join_processes(*options)
 
 
 def test_eval_on_a_list_of_pairs_at_another_grid_size(trained, subjects_csv, tmp_path):
@@ -266,21 +226,6 @@ def test_instance_optimisation_raises_the_similarity_of_every_case(trained, tmp_
         assert summary["refinement_steps"] == steps
     for before, after in zip(cases(plain), cases(refined), strict=True):
         assert float(after["mse_after"]) < float(before["mse_after"])
-
-
-def test_systems_are_trained_and_evaluated_alike(subjects_csv, tmp_path, capsys):
-    config = tiny_config(subjects_csv, grid_sizes=(5,), steps=4, val_every=4)
-    config.systems = ("gridreg", "voxelmorph_1")
-    config.lock()  # as on the command line
-    rows = compare({system: config_of(config, system) for system in config.systems}, tmp_path)
-    assert [row["system"] for row in rows] == ["gridreg", "voxelmorph_1"]
-    assert rows[1]["parameters"] == 259_675
-    table = capsys.readouterr().out
-    assert all(f"{row['parameters']:,}" in table and f"{row['dice']:.4f}" in table for row in rows)
-    with open(tmp_path / "comparison.csv", newline="") as file:
-        assert [row["system"] for row in csv.DictReader(file)] == ["gridreg", "voxelmorph_1"]
-    with pytest.raises(ValueError, match="'vxm' is not known; known are gridreg, voxelmorph"):
-        config_of(config, "vxm")
 
 
 def test_a_bayesian_run_writes_its_uncertainty(subjects_csv, tmp_path):

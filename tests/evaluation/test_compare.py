@@ -1,0 +1,38 @@
+"""Systems under one budget, and the table of them."""
+
+import csv
+
+import pytest
+
+from configs import compare as configs
+from gridreg_jax.evaluation.compare import compare
+
+TINY = {
+    "model.levels": 4,
+    "model.width": 4,
+    "model.iterations": 1,
+    "data.shape": (16, 20, 16),
+    "data.evaluation_pairs": (1, 2),
+    "grid_sizes": (5,),
+    "steps": 2,
+    "val_every": 2,
+    "systems": ("gridreg", "voxelmorph_1"),
+}
+
+
+def test_systems_are_trained_and_evaluated_alike(subjects_csv, tmp_path, capsys):
+    config = configs.get_config()
+    config.update_from_flattened_dict(TINY | {"data.subjects": str(subjects_csv)})
+    config.lock()  # as on the command line
+    rows = compare({system: configs.config_of(config, system) for system in config.systems}, tmp_path)
+    assert [row["system"] for row in rows] == list(TINY["systems"])
+    assert rows[1]["parameters"] == 259_675
+    table = capsys.readouterr().out
+    assert all(f"{row['parameters']:,}" in table and f"{row['dice']:.4f}" in table for row in rows)
+    with open(tmp_path / "comparison.csv", newline="") as file:
+        assert [row["system"] for row in csv.DictReader(file)] == list(TINY["systems"])
+
+
+def test_a_system_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="'vxm' is not known; known are gridreg, voxelmorph"):
+        configs.config_of(configs.get_config(), "vxm")
