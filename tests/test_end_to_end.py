@@ -244,8 +244,8 @@ def test_a_bayesian_run_writes_its_uncertainty(subjects_csv, tmp_path):
 NO_OPTION = "the config has no such option: "
 BAD_FLAGS = {
     "an unknown variant": ("train.py", ["--config=configs/brain.py:big"], "brain.py:big: there is no such variant"),
-    "a misspelt option": ("train.py", ["--config.optimzer.learning_rate=1"], f'{NO_OPTION}.*Did you mean optimizer'),
-    "in a group": ("train.py", ["--config.optimizer.learning_rat=1"], f'{NO_OPTION}.*Did you mean learning_rate'),
+    "a misspelt option": ("train.py", ["--config.optimzer.learning_rate=1"], f"{NO_OPTION}.*Did you mean optimizer"),
+    "in a group": ("train.py", ["--config.optimizer.learning_rat=1"], f"{NO_OPTION}.*Did you mean learning_rate"),
     "like no option": ("train.py", ["--config.zzz=1"], f"{NO_OPTION}.*zzz"),
     "a value of another kind": ("train.py", ["--config.steps=many"], "--config.steps=many: .*'many'$"),
     "a config that is not there": ("train.py", ["--config=configs/none.py"], "configs/none.py"),

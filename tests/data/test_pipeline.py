@@ -178,6 +178,7 @@ def test_mistakes_are_named(options, message):
     with pytest.raises(InputError, match=message):
         open_dataset(**LATTICE, **options)
 
+
 @pytest.mark.parametrize(
     ("kind", "text", "message"),
     [

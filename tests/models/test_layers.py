@@ -40,9 +40,7 @@ def test_a_feature_sits_where_its_level_says(pooled):
     encoder = Encoder(levels=3, width=1, downsampled=3, pooled=pooled)
     params = encoder.init(jax.random.key(0), blob)["params"]
     # Kernels that average, so that no level moves the blob.
-    params = {
-        name: {"kernel": jnp.ones_like(level["kernel"]), "bias": level["bias"]} for name, level in params.items()
-    }
+    params = {name: {"kernel": jnp.ones_like(level["kernel"]), "bias": level["bias"]} for name, level in params.items()}
     for features, stride, origin in encoder.apply({"params": params}, blob):
         mass = np.maximum(np.asarray(features[0, ..., 0]), 0)
         index = np.stack(np.meshgrid(*map(np.arange, mass.shape), indexing="ij"), -1)
