@@ -1,6 +1,7 @@
 """The program `gridreg`: register two images, apply a transform, look into one."""
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -14,6 +15,8 @@ TRANSFORM = ".tfm, .txt, .mat, .h5 or displacement .nii.gz"
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; a user's mistake is one line on standard error, and exit status 2."""
     options = _parser().parse_args(arguments)
+    # Numpy's matrix products are small here: its threads would only wait for each other. Read when numpy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     use_compilation_cache()
     try:
         options.run(options)
@@ -39,6 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--similarity", default="lncc", metavar="NAME", help="lncc (default), ncc, mse, nmi or mind")
     command.add_argument(
         "--grid", default="auto", metavar="SIZE", help="last control grid: points an axis (10), cells (5mm), or auto"
+    )
+    command.add_argument("--mask", metavar="FILE", help="on the fixed image's lattice: what is 0 there does not count")
+    command.add_argument("--model", metavar="WORKDIR", help="run of train.py whose network proposes the map")
+    command.add_argument(
+        "--refine", type=int, metavar="N", help="steps after the network (default: as the run's config says)"
     )
     command.add_argument("--fixed-labels", metavar="FILE", help="labels of the fixed image, for the Dice overlap")
     command.add_argument("--moving-labels", metavar="FILE", help="labels of the moving image, to be warped")
@@ -74,28 +82,27 @@ def _register(options: argparse.Namespace) -> None:
     from gridreg_jax.data import nifti
     from gridreg_jax.registration.deformable import PRESETS
     from gridreg_jax.registration.register import register
-    from gridreg_jax.registration.report import make_folder, save
+    from gridreg_jax.registration.results import filling, load_points, save
 
     start = time.monotonic()
-    for path in (options.fixed_points, options.moving_points):
-        if path:
-            nifti.load_landmarks(path)
     if options.fixed_labels and not options.moving_labels:
         raise InputError("--fixed-labels are for the Dice overlap and need --moving-labels")
     with ThreadPoolExecutor(2) as pool:
-        fixed, moving = pool.map(nifti.load_image, (options.fixed, options.moving))
+        fixed, moving = pool.map(lambda path: nifti.load_image(path, placed=True), (options.fixed, options.moving))
+    load_points(fixed, moving, options.fixed_points, options.moving_points)
     labels = {}
     for name, like in (("fixed_labels", fixed), ("moving_labels", moving)):
         if path := getattr(options, name):
             labels[name] = nifti.load_labels(path, like=like)
     also_apply = [nifti.load_image(path) for path in options.also_apply]
-    make_folder(Path(options.out))
+    with filling(Path(options.out)):
+        pass  # Where nothing can be written, that is said before the long part.
 
     with tqdm(total=len(PRESETS.get(options.preset, PRESETS["fast"]).stages), disable=not sys.stderr.isatty()) as bar:
 
         def notify(stage):
-            size, (first, *_, last) = "x".join(map(str, stage.grid_size)), stage.similarity
-            bar.set_description(f"grid {size}: {options.similarity} {first:.3f} to {last:.3f}")
+            size, values = "x".join(map(str, stage.grid_size)), [f"{value:.3f}" for value in stage.similarity]
+            bar.set_description(f"grid {size}: {options.similarity} {' to '.join(values[:1] + values[1:][-1:])}")
             bar.update()
 
         registration = register(
@@ -105,6 +112,9 @@ def _register(options: argparse.Namespace) -> None:
             affine=options.affine,
             similarity=options.similarity,
             grid=_grid(options.grid),
+            mask=options.mask,
+            model=options.model,
+            refine=options.refine,
             notify=notify,
         )
     metrics = save(
@@ -146,7 +156,7 @@ def _apply(options: argparse.Namespace) -> None:
     from gridreg_jax.data import nifti
     from gridreg_jax.export import itk
     from gridreg_jax.registration.register import pull
-    from gridreg_jax.registration.report import write_points
+    from gridreg_jax.registration.results import write_points
 
     transforms = itk.read(options.transform)
     if options.points:
@@ -158,27 +168,10 @@ def _apply(options: argparse.Namespace) -> None:
         raise InputError("--reference is missing: the image whose lattice the result has")
     reference = nifti.load_image(options.reference)
     volume = nifti.load_labels(options.labels) if options.labels else nifti.load_image(options.image)
-    displacement = _displacement(transforms, reference)
+    displacement = itk.displacement(transforms, reference.array.shape, reference.affine)
     matrix = np.linalg.inv(volume.affine) @ reference.affine
     warped = pull(volume, displacement, matrix, labels=bool(options.labels))
     nifti.save(options.out, *nifti.as_stored(warped, reference))
-
-
-def _displacement(transforms, reference):
-    """Of the map at the voxels of a lattice, in its voxels."""
-    import numpy as np
-
-    from gridreg_jax import geometry
-    from gridreg_jax.export import itk
-
-    shape = reference.array.shape
-    displacement = np.empty((*shape, 3), np.float32)
-    plane = np.stack(np.meshgrid(*map(np.arange, shape[1:]), indexing="ij"), axis=-1).reshape(-1, 2)
-    for row in range(shape[0]):  # a row at a time bounds the memory
-        voxels = np.insert(plane.astype(float), 0, row, axis=1)
-        mapped = itk.apply(transforms, geometry.voxel_to_world(voxels, reference.affine))
-        displacement[row] = (geometry.world_to_voxel(mapped, reference.affine) - voxels).reshape(*shape[1:], 3)
-    return displacement
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -47,14 +47,18 @@ class Volume:
 Source = str | Path | nib.spatialimages.SpatialImage | tuple[np.ndarray, np.ndarray]
 
 
-def load_image(path: Source) -> Volume:
+def load_image(path: Source, *, placed: bool = False) -> Volume:
     """Intensities of a NIfTI file (`.nii`, `.nii.gz`), or of what else `Source` allows, float32.
+
+    Args:
+      path: the file, or what else `Source` allows.
+      placed: a header must say where in the world its voxels lie.
 
     Raises:
       InputError: there is no such file, it is damaged or not NIfTI, not three-dimensional (trailing axes of size 1 are
-        dropped), empty, constant, has values that are not finite, or its affine cannot be inverted.
+        dropped), empty, constant, has values that are not finite, or its affine cannot be inverted or is missing.
     """
-    array, affine, path, stored_affine = _read(path)
+    array, affine, path, stored_affine = _read(path, placed=placed)
     with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite and is reported below.
         array = np.ascontiguousarray(array, np.float32)
     _check_finite(array, path)
@@ -191,7 +195,9 @@ def existing_file(path: str | Path) -> Path:
     return path
 
 
-def _read(source: Source) -> tuple[Num[np.ndarray, "X Y Z"], Float[np.ndarray, "4 4"], Path, Float[np.ndarray, "4 4"]]:
+def _read(
+    source: Source, *, placed: bool = False
+) -> tuple[Num[np.ndarray, "X Y Z"], Float[np.ndarray, "4 4"], Path, Float[np.ndarray, "4 4"]]:
     """Array in the file's (scaled) numbers and affine, both in RAS order; the file's name and its own affine."""
     if isinstance(source, tuple):
         array, affine = source
@@ -213,6 +219,8 @@ def _read(source: Source) -> tuple[Num[np.ndarray, "X Y Z"], Float[np.ndarray, "
         raise InputError(f"{path}: the volume is empty, of shape {image.shape}")
     if len(image.shape) < 3 or any(size != 1 for size in image.shape[3:]):
         raise InputError(f"{path}: one three-dimensional volume is needed, not an array of shape {image.shape}")
+    if placed and not (image.header["sform_code"] or image.header["qform_code"]):
+        raise InputError(f"{path}: its header has no affine (sform and qform are unset): where it lies is unknown")
     affine = _check_affine(image.affine, path)
     array = array.reshape(image.shape[:3])
     orientation = nib.io_orientation(affine)

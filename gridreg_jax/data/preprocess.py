@@ -130,6 +130,23 @@ def normalise(array: Num[np.ndarray, "X Y Z"]) -> Float32[np.ndarray, "X Y Z"]:
     return np.clip((array - np.float32(low)) / np.float32(high - low), 0, 1)
 
 
+def place(volume: Volume, lattice: Lattice) -> tuple[Float32[np.ndarray, "X Y Z"], Float[np.ndarray, "4 4"]]:
+    """An image, normalised and then resampled to the working lattice, and the affine of that (voxel -> RAS mm).
+
+    Raises:
+      InputError: nothing of the image lies on the lattice.
+    """
+    affine = lattice_affine(volume, lattice)
+    # Normalised before it is resampled: an image has the same intensities on every lattice.
+    image = resample(dataclasses.replace(volume, array=normalise(volume.array)), affine, lattice.shape)
+    if image.min() == image.max():
+        raise InputError(
+            f"{volume.path}: nothing of the image lies on the lattice of {lattice.shape} voxels of {lattice.spacing} "
+            f"mm (center '{lattice.center}'): a larger lattice or another center is needed"
+        )
+    return image, affine
+
+
 def prepare(
     image_path: str | Path,
     lattice: Lattice,
@@ -197,14 +214,7 @@ def _inside(matrix, shape, source_shape) -> np.ndarray:
 
 def _build(image_path: str | Path, lattice: Lattice, labels_path: str | Path | None) -> Prepared:
     volume = load_image(image_path)
-    affine = lattice_affine(volume, lattice)
-    # Normalised before it is resampled: an image has the same intensities on every lattice.
-    image = resample(dataclasses.replace(volume, array=normalise(volume.array)), affine, lattice.shape)
-    if image.min() == image.max():
-        raise InputError(
-            f"{image_path}: nothing of the image lies on the lattice of {lattice.shape} voxels of {lattice.spacing} mm "
-            f"(center '{lattice.center}'): a larger lattice or another center is needed"
-        )
+    image, affine = place(volume, lattice)
     labels = None
     if labels_path is not None:
         labels = resample(load_labels(labels_path, like=volume), affine, lattice.shape, labels=True)

@@ -5,18 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import jax
-
 from gridreg_jax.data import nifti
 from gridreg_jax.data.pipeline import open_dataset, open_pairs
-from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation import plots, tables
 from gridreg_jax.files import replacing
 from gridreg_jax.losses import SIMILARITIES
-from gridreg_jax.measure import candidates, coarsest_sufficient, make_predict, measure, summarise
+from gridreg_jax.measure import coarsest_sufficient, make_predict, measure, summarise
 from gridreg_jax.models import has_control_grid
-from gridreg_jax.training.checkpoint import Checkpoints
-from gridreg_jax.training.step import build_run
+from gridreg_jax.training.trained import load_trained
 from gridreg_jax.training.writers import read_metrics
 
 
@@ -55,18 +51,8 @@ def evaluate(
     """
     workdir = Path(workdir)
     out = Path(out) if out else workdir / "evaluation"
-    if not (workdir / "checkpoints").is_dir():
-        raise InputError(f"{workdir}: holds no run (no folder 'checkpoints'); give the workdir of a run of train.py")
-    with Checkpoints(workdir) as checkpoints:
-        best = checkpoints.best_step()
-        if best is None:
-            raise InputError(f"{workdir}: the run has no checkpoint yet")
-        order = [best] + [step for step in reversed(checkpoints.steps()) if step != best]
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        _, state, config, chosen = checkpoints.restore(
-            lambda config: build_run(config).state_shapes(device), order=order, notify=notify
-        )
-    model = build_run(config).model
+    trained = load_trained(workdir, notify=notify)
+    model, config = trained.model, trained.config
     if not has_control_grid(model):
         for option, value in (("grid_size", grid_size), ("refine", refine)):
             if value:
@@ -78,8 +64,7 @@ def evaluate(
     else:
         dataset = open_dataset(**data, seed=config["seed"], notify=notify)
     if grid_size is None:
-        grid_size = chosen["grid_size"] if chosen else candidates(config["grid_sizes"])[0]
-        grid_size = tuple(grid_size) if grid_size else None
+        grid_size = trained.grid_size
     out.mkdir(parents=True, exist_ok=True)
 
     rows = []
@@ -88,8 +73,8 @@ def evaluate(
     choice = grid_size
     if grid_size == "auto":
         similarity = SIMILARITIES[config["loss"]["similarity"]]
-        choice = coarsest_sufficient(predict, state.params, config["grid_sizes"], similarity)
-    measured = measure(predict, state.params, dataset, dataset.pairs["test"], choice, thorough=True)
+        choice = coarsest_sufficient(predict, trained.params, config["grid_sizes"], similarity)
+    measured = measure(predict, trained.params, dataset, dataset.pairs["test"], choice, thorough=True)
     for number, (row, arrays) in enumerate(measured):
         rows.append(row)
         if number < pictures:

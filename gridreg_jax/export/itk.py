@@ -11,14 +11,15 @@ itkCompositeTransform, and itkTxtTransformIO, itkMatlabTransformIO, itkHDF5Trans
 """
 
 import dataclasses
-import itertools
 import math
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
-from jaxtyping import Array, Float, Float64, Int, Num
+from jaxtyping import Array, Float, Float32, Float64, Num
+from scipy import ndimage
 
 from gridreg_jax import geometry
 from gridreg_jax.data import nifti
@@ -32,6 +33,8 @@ FLIP = np.array([-1.0, -1.0, 1.0])
 COMPOSITE, TFM_HEADER = "CompositeTransform_double_3_3", "#Insight Transform File V1.0"
 # NIfTI's intent codes: ITK stores LPS vectors under the first and reads the second as RAS.
 VECTOR, DISPVECT = 1007, 1006
+# Voxels that are mapped at a time.
+SLAB = 2_000_000
 
 ControlGrid = Float[np.ndarray, "gx gy gz 3"] | Float[Array, "gx gy gz 3"]
 
@@ -117,11 +120,36 @@ def apply(transforms: Sequence[ItkTransform], points_mm: Float[np.ndarray, "P 3"
     """
     points = points_mm * FLIP
     for transform in reversed(transforms):
-        kind = transform.type.replace("_float_", "_double_").removesuffix("_double_3_3")
-        if kind not in _MAPS:
-            raise InputError(f"{transform.type} is not understood: the known ones are {', '.join(_MAPS)}, in 3-D")
-        points = _MAPS[kind](transform, points)
+        points = _affine_map(transform, points) if _kind(transform) in AFFINES else _grid_map(transform, points)
     return points * FLIP
+
+
+def displacement(
+    transforms: Sequence[ItkTransform], shape: tuple[int, int, int], affine: Num[np.ndarray, "4 4"]
+) -> Float32[np.ndarray, "X Y Z 3"]:
+    """Displacement of the whole map at the voxels of a lattice, in its voxels. The last transform is applied first.
+
+    Args:
+      transforms: as for `apply`.
+      shape: (X, Y, Z), the lattice.
+      affine: its voxels -> RAS mm.
+
+    Raises:
+      InputError: as for `apply`.
+    """
+    result = np.empty((*shape, 3), np.float32)
+    rows = max(1, SLAB // math.prod(shape[1:]))
+    for first in range(0, shape[0], rows):
+        slab = result[first : first + rows]
+        voxels = np.stack(np.meshgrid(*map(np.arange, slab.shape[:3]), indexing="ij"), axis=-1).reshape(-1, 3)
+        voxels = voxels + [first, 0.0, 0.0]
+        points, rest = geometry.voxel_to_world(voxels, affine), list(transforms)
+        if _kind(transforms[-1]) in ORDERS:
+            shift = affine @ nib.affines.from_matvec(np.eye(3), [first, 0, 0])
+            if (moved := _on_lattice(transforms[-1], slab.shape[:3], shift)) is not None:
+                points, rest = points + moved.reshape(-1, 3) * FLIP, rest[:-1]
+        slab[:] = (geometry.world_to_voxel(apply(rest, points), affine) - voxels).reshape(slab.shape)
+    return result
 
 
 def write_tfm(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
@@ -272,7 +300,7 @@ def save_displacement(
     Raises:
       InputError: another suffix, or the file cannot be written.
     """
-    nifti.save(path, (displacement_mm * FLIP)[:, :, :, None], affine, intent=VECTOR)
+    nifti.save(path, (displacement_mm * FLIP.astype(np.float32))[:, :, :, None], affine, intent=VECTOR)
 
 
 def load_displacement(path: str | Path) -> tuple[Float64[np.ndarray, "X Y Z 3"], Float64[np.ndarray, "4 4"]]:
@@ -316,61 +344,77 @@ def _affine_map(transform: ItkTransform, points: Float64[np.ndarray, "P 3"]) -> 
     return (points - center) @ transform.parameters[:9].reshape(3, 3).T + center + transform.parameters[9:]
 
 
-def _bspline_map(transform: ItkTransform, points: Float64[np.ndarray, "P 3"]) -> Float64[np.ndarray, "P 3"]:
-    index, size = _index(transform, points, least=4)
-    values = transform.parameters.reshape(*size, 3, order="F")
-    # A cell needs two coefficients on either side.
-    inside = ((index >= 1) & (index <= size - 2)).all(axis=1)
-    cell = np.clip(np.floor(index), 1, size - 3)
-    t = index - cell
-    weights = [(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3]
-    displacement = _weighted(values, cell.astype(int) - 1, np.stack(weights) / 6)
-    return points + np.where(inside[:, None], displacement, 0)
+def _grid_map(transform: ItkTransform, points: Float64[np.ndarray, "P 3"]) -> Float64[np.ndarray, "P 3"]:
+    values, linear, origin = _grid(transform)
+    order = ORDERS[_kind(transform)]
+    index, inside = _clipped((points - origin) @ linear.T, np.array(values.shape[1:]), order)
+    displacement = [ndimage.map_coordinates(part, index.T, **_interpolation(order)) for part in values]
+    return points + np.where(inside.all(axis=1)[:, None], np.stack(displacement, axis=1), 0)
 
 
-def _field_map(transform: ItkTransform, points: Float64[np.ndarray, "P 3"]) -> Float64[np.ndarray, "P 3"]:
-    index, size = _index(transform, points, least=1)
-    values = np.moveaxis(transform.parameters.reshape(3, *size, order="F"), 0, -1)
-    # Voxels reach half a voxel beyond their centres.
-    inside = ((index >= -0.5) & (index < size - 0.5)).all(axis=1)
-    index = np.clip(index, 0, size - 1)
-    cell = np.clip(np.floor(index), 0, np.maximum(size - 2, 0))
-    t = index - cell
-    # An axis of a single voxel has no second one: its weight there is 0.
-    displacement = _weighted(np.pad(values, [(0, 1)] * 3 + [(0, 0)]), cell.astype(int), np.stack([1 - t, t]))
-    return points + np.where(inside[:, None], displacement, 0)
+def _on_lattice(
+    transform: ItkTransform, shape: tuple[int, int, int], affine: Num[np.ndarray, "4 4"]
+) -> Float64[np.ndarray, "X Y Z 3"] | None:
+    """Displacement (LPS mm) of a grid at the voxels of a lattice whose axes run along its own, one axis at a time.
+
+    None where they do not.
+    """
+    values, linear, origin = _grid(transform)
+    steps = linear @ (FLIP[:, None] * affine[:3, :3])  # of the index, for a step along each axis of the lattice
+    start = linear @ (FLIP * affine[:3, 3] - origin)
+    along = np.abs(steps).argmax(axis=1)
+    across = np.abs(steps) @ (np.array(shape) - 1) - np.abs(steps[range(3), along]) * (np.array(shape) - 1)[along]
+    if sorted(along) != [0, 1, 2] or across.max() > 1e-5:
+        return None
+    order = ORDERS[_kind(transform)]
+    for axis, size in enumerate(values.shape[1:]):
+        index, inside = _clipped(start[axis] + steps[axis, along[axis]] * np.arange(shape[along[axis]]), size, order)
+        weights = [ndimage.map_coordinates(unit, index[None], **_interpolation(order)) for unit in np.eye(size)]
+        # Each product moves the axis it is for to the end: after three, the components still come first.
+        values = np.tensordot(values, np.array(weights) * inside, (1, 0))
+    return values.transpose(*(np.argsort(along) + 1), 0)
 
 
-_MAPS = {
-    "AffineTransform": _affine_map,
-    "MatrixOffsetTransformBase": _affine_map,
-    "BSplineTransform": _bspline_map,
-    "DisplacementFieldTransform": _field_map,
-}
+# ITK's names of affine transforms, and of those that interpolate a grid, with the order of their splines.
+AFFINES = ("AffineTransform", "MatrixOffsetTransformBase")
+ORDERS = {"BSplineTransform": 3, "DisplacementFieldTransform": 1}
 
 
-def _index(transform: ItkTransform, points: Float64[np.ndarray, "P 3"], *, least: int):
-    """Continuous index of points in the grid of a transform, and the grid's size."""
-    fixed = transform.fixed_parameters
+def _kind(transform: ItkTransform) -> str:
+    kind = transform.type.replace("_float_", "_double_").removesuffix("_double_3_3")
+    if kind not in (known := (*AFFINES, *ORDERS)):
+        raise InputError(f"{transform.type} is not understood: the known ones are {', '.join(known)}, in 3-D")
+    return kind
+
+
+def _grid(transform: ItkTransform):
+    """Values at the grid's points, component first, and linear part and origin of the map from LPS mm to its index."""
+    fixed, cubic = transform.fixed_parameters, ORDERS[_kind(transform)] == 3
+    least = 4 if cubic else 1
     if fixed.shape != (18,) or min(fixed[:3]) < least or transform.parameters.size != 3 * math.prod(fixed[:3]):
         raise InputError(
             f"{transform.type} has 18 fixed parameters, the first three a size of at least {least} an axis, and "
             f"3 parameters a grid point, not {_counts(transform)}"
         )
     size, origin, spacing, direction = fixed[:3].astype(int), fixed[3:6], fixed[6:9], fixed[9:].reshape(3, 3)
-    return (points - origin) @ np.linalg.inv(direction).T / spacing, size
+    # A B-spline has one component after the other, a field one point after the other; x is the fastest of the axes.
+    if cubic:
+        values = transform.parameters.reshape(3, *size[::-1]).transpose(0, 3, 2, 1)
+    else:
+        values = transform.parameters.reshape(*size[::-1], 3).transpose(3, 2, 1, 0)
+    return values, np.linalg.inv(direction * spacing), origin
 
 
-def _weighted(
-    values: Float64[np.ndarray, "nx ny nz 3"], first: Int[np.ndarray, "P 3"], weights: Float64[np.ndarray, "n P 3"]
-) -> Float64[np.ndarray, "P 3"]:
-    """Sum over the n x n x n values from `first` on, each with the product of the weights of its axes."""
-    total = np.zeros(first.shape)
-    for offset in itertools.product(range(len(weights)), repeat=3):
-        i, j, k = (first + offset).T
-        weight = weights[offset[0], :, 0] * weights[offset[1], :, 1] * weights[offset[2], :, 2]
-        total += weight[:, None] * values[i, j, k]
-    return total
+def _clipped(index: Float64[np.ndarray, "..."], size, order: int):
+    """The index within the domain of a grid, and whether it lay there."""
+    # A cubic cell needs two coefficients on either side; voxels of a field reach half a voxel beyond their centres.
+    low, high = (1, size - 2) if order == 3 else (-0.5, size - 0.5)
+    inside = (index >= low) & ((index <= high) if order == 3 else (index < high))
+    return np.clip(index, np.maximum(low, 0), np.minimum(high, size - 1)), inside
+
+
+def _interpolation(order: int) -> dict:
+    return {"order": order, "prefilter": False, "mode": "nearest"}
 
 
 def _counts(transform: ItkTransform) -> str:

@@ -21,8 +21,8 @@ from gridreg_jax.transforms.warp import identity_grid, sample
 
 # Voxels along the longest side, steps, and step size in the unit of the parameters (see `_matrix`). At the coarsest
 # level every start is tried, and the best few go on.
-LEVELS = ((13, 40, 0.04), (26, 60, 0.01), (48, 40, 0.004))
-SURVIVORS = 3
+LEVELS = ((13, 40, 0.04), (26, 40, 0.01), (48, 25, 0.004))
+SURVIVORS = 2
 TURN = np.pi / 6
 # Share of the smaller of the two fields of view that must lie in the other.
 LEAST_OVERLAP = 0.1
@@ -31,6 +31,7 @@ LEAST_OVERLAP = 0.1
 def align(
     fixed: Volume,
     moving: Volume,
+    mask: Volume | None = None,
     *,
     kind: Literal["affine", "rigid"] = "affine",
     similarity: str = "ncc",
@@ -43,6 +44,7 @@ def align(
 
     Args:
       fixed, moving: images of any lattice.
+      mask: where the fixed image counts (values other than 0); None: everywhere.
       kind: affine (12 parameters), or rigid (6).
       similarity: a name in `losses.SIMILARITIES`: "ncc" within one modality, "nmi" between two.
 
@@ -67,10 +69,14 @@ def align(
         if number == 1 and kind == "affine":
             parameters = np.pad(parameters, [(0, 0), (0, 6)])
         to_moving = np.linalg.inv(moving_level.affine)
+        weight = np.ones(fixed_level.array.shape, np.float32)
+        if mask is not None:
+            weight = resample(mask, fixed_level.affine, weight.shape, labels=True) != 0
         possible = min(1, _size_mm3(moving) / _size_mm3(fixed))
         losses, parameters = _search(
             fixed_level.array,
             moving_level.array,
+            weight,
             ((fixed_level.affine[:3, :3] / radius), (fixed_level.affine[:3, 3] - center) / radius),
             (to_moving[:3, :3] * radius, geometry.voxel_to_world(moving_center, to_moving)),
             parameters,
@@ -108,10 +114,11 @@ def check_overlap(fixed: Volume, moving: Volume, matrix: Float[np.ndarray, "4 4"
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "similarity"))
-def _search(fixed, moving, to_points, to_voxels, starts, possible, learning_rate, *, steps, similarity):
+def _search(fixed, moving, weight, to_points, to_voxels, starts, possible, learning_rate, *, steps, similarity):
     """The loss of each start after its steps, and its parameters then.
 
     Args:
+      weight: of the fixed voxels.
       to_points: linear part and shift, from fixed voxels to the coordinates in which the parameters act.
       to_voxels: the same from those coordinates to moving voxels.
       possible: share of the fixed lattice that can lie in the moving one.
@@ -124,7 +131,7 @@ def _search(fixed, moving, to_points, to_voxels, starts, possible, learning_rate
         # From 1 at the outermost voxel centres to 0 a voxel farther out, so that the overlap has a gradient too.
         inside = jnp.prod(jnp.clip(1 + jnp.minimum(reached, last - reached), 0, 1), axis=-1)
         warped = sample(moving[..., None], reached)
-        unlike = SIMILARITIES[similarity](fixed[None, ..., None], warped[None], mask=inside[None])[0]
+        unlike = SIMILARITIES[similarity](fixed[None, ..., None], warped[None], mask=(weight * inside)[None])[0]
         # A sliver can be alike by chance: less than half of what could overlap costs.
         value = unlike + jnp.maximum(0, 0.5 - jnp.mean(inside) / possible)
         return value, value

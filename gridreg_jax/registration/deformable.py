@@ -21,18 +21,18 @@ from gridreg_jax.instance import refine_recorded
 from gridreg_jax.registration.affine import corner_to_corner
 from gridreg_jax.transforms import bspline
 from gridreg_jax.transforms.certificate import Certificate, certify
+from gridreg_jax.transforms.interpolation import axis_weights
 
 # Voxels of the finest lattice: 2 mm for a brain of 1 mm.
 BUDGET = 750_000
 # Voxels of the stage's lattice, the largest change of a control point in a step.
 LEARNING_RATE = 0.25
-# Up to two stages more with these weights, until the map is proven to be invertible.
-FOLDING = (1e2, 1e4)
-MENDING_STEPS = 10
-# Then control points around what is still not proven are smoothed, at most so often.
+# Weight of the penalty on folding, see `instance.refine_recorded`: hardly any cell is left without a proof.
+FOLDING = 300.0
+# Control points around what is not proven to be invertible are smoothed, at most so often.
 SMOOTHINGS = 50
-# How much smaller the differences of each similarity are than those of lncc: its bending weights scale with it.
-BENDING_SCALE = {"lncc": 1.0, "ncc": 0.3, "nmi": 0.2, "mind": 0.1, "mse": 0.1}
+# How much smaller the differences of each similarity are than those of lncc: both penalties scale with it.
+PENALTY_SCALE = {"lncc": 1.0, "ncc": 0.3, "nmi": 0.2, "mind": 0.1, "mse": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +62,8 @@ class Preset:
 
 PRESETS = {
     "fast": Preset(5.0, (Stage(2, 2, 20, 3.0), Stage(2, 1, 20, 3.0), Stage(2, 0, 20, 2.0))),
-    "balanced": Preset(4.0, (Stage(2, 2, 25, 2.0), Stage(2, 1, 25, 2.0), Stage(2, 0, 25, 1.0), Stage(1, 0, 15, 1.0))),
-    "accurate": Preset(
-        2.5,
-        (Stage(2, 3, 30, 2.0), Stage(2, 2, 30, 2.0), Stage(2, 1, 40, 1.0), Stage(1, 1, 20, 1.0), Stage(1, 0, 50, 1.0)),
-    ),
+    "balanced": Preset(4.0, (Stage(2, 2, 25, 2.0), Stage(2, 1, 25, 2.0), Stage(2, 0, 25, 0.5), Stage(1, 0, 15, 0.5))),
+    "accurate": Preset(2.5, (Stage(2, 3, 30, 2.0), Stage(2, 2, 30, 2.0), Stage(2, 1, 40, 0.3), Stage(1, 0, 60, 0.3))),
 }
 
 
@@ -106,6 +103,8 @@ def deform(
     preset: Preset,
     similarity: str = "lncc",
     grid: int | float | None = None,
+    mask: Volume | None = None,
+    start: Float[np.ndarray, "X Y Z 3"] | None = None,
     notify: Callable[[StageResult], None] = lambda result: None,
 ) -> tuple[Float[np.ndarray, "gx gy gz 3"], Certificate, list[StageResult]]:
     """The control grid u for which `moving(matrix(x + u(x)))` is most like `fixed(x)`.
@@ -118,43 +117,33 @@ def deform(
       similarity: a name in `losses.SIMILARITIES`.
       grid: for the last stage, the number of control points an axis (int), or the length of a cell in mm (float);
         None for the preset's.
+      mask: where the fixed image counts (values other than 0); None: everywhere.
+      start: u to begin with, in voxels of `fixed` at its voxels; None: 0.
       notify: takes the result of each stage when it ends.
 
     Returns:
       The control grid in voxels of `fixed`; what is proven about it; what each stage did. Where the map is not proven
-      to be invertible, further stages with a penalty on folding follow, and then control points are smoothed; the
-      certificate says whether that was enough.
+      to be invertible, control points are smoothed; the certificate says whether that was enough.
 
     Raises:
       InputError: a control grid that is too coarse or too fine for the image.
     """
     cells = last_cells(fixed, preset, grid)
-    stages = list(preset.stages)
-    control_grid, results, shape_before = None, [], None
-    images = {stage.coarsening: _pair(fixed, moving, matrix, stage.coarsening) for stage in stages}
-    for stage in stages:
-        control_grid, shape_before, result = _run(
-            control_grid, shape_before, images, stage, cells, similarity=similarity, folding=None
-        )
+    shape, images, results = fixed.array.shape, {}, []
+    control_grid = None if start is None else _fitted(start, _grid_size(cells, preset.stages[0]))
+    for stage in preset.stages:
+        if stage.coarsening not in images:
+            images[stage.coarsening] = _pair(fixed, moving, mask, matrix, stage.coarsening)
+        control_grid, result = _run(control_grid, shape, images[stage.coarsening], stage, cells, similarity)
         results.append(result)
         notify(result)
-    certificate = certify(control_grid, shape_before)
-    for folding in FOLDING:
-        if certificate.invertible:
-            break
-        mending = dataclasses.replace(stages[-1], steps=MENDING_STEPS)
-        control_grid, shape_before, result = _run(
-            control_grid, shape_before, images, mending, cells, similarity=similarity, folding=folding
-        )
-        results.append(result)
-        notify(result)
-        certificate = certify(control_grid, shape_before)
+    certificate = certify(control_grid, shape)
     for _ in range(SMOOTHINGS):
         if certificate.invertible:
             break
         control_grid = _smoothed(control_grid, certificate.cells)
-        certificate = certify(control_grid, shape_before)
-    return _rescaled(control_grid, shape_before, fixed.array.shape), certificate, results
+        certificate = certify(control_grid, shape)
+    return control_grid, certificate, results
 
 
 def last_cells(fixed: Volume, preset: Preset, grid: int | float | None) -> Sequence[int]:
@@ -180,43 +169,43 @@ def last_cells(fixed: Volume, preset: Preset, grid: int | float | None) -> Seque
     return cells
 
 
-def _pair(fixed: Volume, moving: Volume, matrix, coarsening: int):
-    """Fixed image, moving image and where the moving one is known, on the lattice of a stage."""
+def _grid_size(cells: Sequence[int], stage: Stage) -> tuple[int, int, int]:
+    return tuple(-(-count // 2**stage.halvings) + 3 for count in cells)
+
+
+def _pair(fixed: Volume, moving: Volume, mask: Volume | None, matrix, coarsening: int):
+    """Fixed image, moving image and where both are known, on the lattice of a stage."""
     size, spacing = np.array(fixed.array.shape), geometry.spacing(fixed.affine)
     # Thick slices stay until the others are as thick.
     ratio = np.maximum(1, np.rint(coarsening * spacing.min() / spacing))
     shape = tuple(int(n) for n in np.maximum(np.minimum(4, size), np.rint(size / ratio)))
     affine = corner_to_corner(fixed, shape)
     everywhere = Volume(np.ones(moving.array.shape, np.int32), moving.affine, moving.path)
-    return (
-        resample(fixed, affine, shape)[None, ..., None],
-        resample(moving, matrix @ affine, shape)[None, ..., None],
-        resample(everywhere, matrix @ affine, shape, labels=True)[None],
-    )
+    known = resample(everywhere, matrix @ affine, shape, labels=True)
+    if mask is not None:
+        known = known * (resample(mask, affine, shape, labels=True) != 0)
+    images = resample(fixed, affine, shape), resample(moving, matrix @ affine, shape)
+    return *(image[None, ..., None] for image in images), known[None]
 
 
-def _run(control_grid, shape_before, images, stage: Stage, cells: Sequence[int], *, similarity: str, folding):
-    fixed, moving, mask = images[stage.coarsening]
-    shape = fixed.shape[1:4]
-    grid_size = tuple(-(-c // 2**stage.halvings) + 3 for c in cells)
+def _run(control_grid, shape, images, stage: Stage, cells: Sequence[int], similarity: str):
+    """A stage, from a control grid (or None) in voxels of the lattice `shape` to another one, with what it did."""
+    grid_size, lattice = _grid_size(cells, stage), images[0].shape[1:4]
     if control_grid is None:
         control_grid = np.zeros((*grid_size, 3), np.float32)
-    else:
-        control_grid = _rescaled(control_grid, shape_before, shape)
-        if control_grid.shape[:3] != grid_size:
-            control_grid = np.asarray(_halved(control_grid[None], grid_size)[0])[0]
+    elif control_grid.shape[:3] != grid_size:
+        control_grid = np.asarray(_halved(control_grid[None], grid_size)[0])[0]
+    scale = PENALTY_SCALE[similarity]
     found, history = _fit(
-        control_grid[None],
-        fixed,
-        moving,
-        mask,
-        stage.bending * BENDING_SCALE[similarity],
-        folding,
+        _rescaled(control_grid, shape, lattice)[None],
+        *images,
+        scale * stage.bending,
+        scale * FOLDING,
         steps=stage.steps,
         similarity=similarity,
     )
-    values = tuple(float(value) for value in np.asarray(history)[:, 0])
-    return np.asarray(found)[0], shape, StageResult(grid_size, shape, values)
+    similarities = tuple(float(value) for value in np.asarray(history)[:, 0])
+    return _rescaled(np.asarray(found)[0], lattice, shape), StageResult(grid_size, lattice, similarities)
 
 
 _halved = jax.jit(bspline.refine, static_argnums=1)
@@ -236,6 +225,15 @@ def _fit(control_grid, fixed, moving, mask, bending, folding, *, steps, similari
         mask=mask,
         folding=folding,
     )
+
+
+def _fitted(displacement: Float[np.ndarray, "X Y Z 3"], grid_size) -> Float[np.ndarray, "gx gy gz 3"]:
+    """The control grid whose spline is closest to a displacement at the voxels."""
+    for axis, (g, size) in enumerate(zip(grid_size, displacement.shape, strict=False)):
+        displacement = np.moveaxis(
+            np.tensordot(np.linalg.pinv(axis_weights("bspline", g, size)), displacement, (1, axis)), 0, axis
+        )
+    return displacement.astype(np.float32)
 
 
 def _smoothed(control_grid, cells) -> Float[np.ndarray, "gx gy gz 3"]:

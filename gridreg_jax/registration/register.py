@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,9 @@ from gridreg_jax.transforms.warp import identity_grid, sample, warp_labels
 
 # Voxels that are sampled at a time.
 SLAB = 2_000_000
-INVERSE_ITERATIONS = 20
+# Of the search for the inverse: coarse, then fine, or for single points; and the share of each step that is taken.
+INVERSE_ITERATIONS, FINISHING_ITERATIONS, POINT_ITERATIONS = 12, 3, 100
+RELAXATION = 0.7
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +44,9 @@ class Registration:
       certificate: what is proven about `x -> x + u(x)`.
       stages: what each stage of the deformable part did.
       fixed_working, moving_working: the images as they were compared, normalised, on their finest lattices.
+      sigma_mm: where a Bayesian network began, its standard deviation of the displacement, on the lattice of
+        `fixed_working`; else None.
+      seconds: what the affine start or the network ("start") and the deformable part ("deformation") took.
     """
 
     fixed: Volume
@@ -51,6 +57,8 @@ class Registration:
     stages: tuple[StageResult, ...]
     fixed_working: Volume
     moving_working: Volume
+    sigma_mm: Float32[np.ndarray, "x y z"] | None
+    seconds: dict[str, float]
 
     @functools.cached_property
     def displacement(self) -> Float32[np.ndarray, "X Y Z 3"]:
@@ -62,6 +70,13 @@ class Registration:
         """The whole map, `y - x` at the voxels x of the fixed lattice: RAS mm."""
         linear = self.matrix @ self.fixed.affine - self.fixed.affine
         return np.asarray(_total(self.displacement, self.matrix[:3, :3] @ self.fixed.affine[:3, :3], linear[:3]))
+
+    @functools.cached_property
+    def working_displacement(self) -> Float32[np.ndarray, "x y z 3"]:
+        """u at the voxels of the working lattice, in its voxels."""
+        shape = self.fixed_working.array.shape
+        step = np.subtract(self.fixed.array.shape, 1) / np.subtract(shape, 1)
+        return np.asarray(_dense((self.control_grid / step).astype(np.float32), shape))
 
     @property
     def transforms(self) -> list[itk.ItkTransform]:
@@ -81,8 +96,11 @@ class Registration:
         spline = self.transforms[1:]
         straight = geometry.voxel_to_world(points_mm, np.linalg.inv(self.matrix))
         found = straight
-        for _ in range(INVERSE_ITERATIONS):
-            found = straight - (itk.apply(spline, found) - found)
+        for _ in range(POINT_ITERATIONS):
+            step = RELAXATION * (straight - itk.apply(spline, found))
+            found = found + step
+            if np.abs(step).max(initial=0) < 1e-5:
+                break
         return found
 
     def warp(self, volume: Volume, *, labels: bool = False) -> Num[np.ndarray, "X Y Z"]:
@@ -97,39 +115,47 @@ class Registration:
         return pull(volume, self.displacement, matrix, labels=labels)
 
     @functools.cached_property
-    def _inverse(self) -> tuple[Float32[np.ndarray, "n m k 3"], float, float]:
-        """w with `x = z + w(z)` for `z = x + u(x)`, on the working lattice in voxels of it, with its errors in mm."""
-        shape = self.fixed_working.array.shape
-        step = np.subtract(self.fixed.array.shape, 1) / np.subtract(shape, 1)
-        u = _dense(self.control_grid / step, shape)
-        w, error = _invert(u, geometry.spacing(self.fixed.affine) * step)
-        error = np.asarray(error)
-        return np.asarray(w), float(np.nanmean(error)), float(np.nanmax(error))
-
-    @property
-    def inverse_errors_mm(self) -> tuple[float, float]:
-        """Mean and maximum over the working lattice of the distance from a voxel to where map and inverse take it.
-
-        Voxels that the map takes off the lattice do not count: there is no inverse there. mm of the fixed image.
-        """
-        return self._inverse[1:]
-
-    def inverse_displacement_mm(self) -> Float32[np.ndarray, "x y z 3"]:
+    def inverse_displacement_mm(self) -> Float32[np.ndarray, "X Y Z 3"]:
         """The inverse of the whole map, `x - y` at the voxels y of the moving lattice: RAS mm.
 
         Where the inverse affine leads off the fixed lattice, u is taken for what it is at its border.
         """
-        w = self._inverse[0]
-        working = self.fixed_working.affine
-        to_fixed = np.linalg.inv(self.matrix)
-        to_working = np.linalg.inv(working) @ to_fixed @ self.moving.affine
-        linear = (to_fixed @ self.moving.affine - self.moving.affine)[:3]
+        step = np.subtract(self.fixed.array.shape, 1) / np.subtract(self.fixed_working.array.shape, 1)
+        # Almost found on the coarser lattice, and finished on the finer one.
+        coarse = _invert(self.working_displacement)
+        to_fixed = np.linalg.inv(self.matrix) @ self.moving.affine
+        to_voxels, linear = np.linalg.inv(self.fixed.affine) @ to_fixed, to_fixed - self.moving.affine
         result = np.empty((*self.moving.array.shape, 3), np.float32)
         for start, stop in _slabs(self.moving.array.shape):
             result[start:stop] = _inverse_slab(
-                w, start, to_working[:3], linear, working[:3, :3], shape=(stop - start, *result.shape[1:3])
+                coarse,
+                self.displacement,
+                step.astype(np.float32),
+                start,
+                to_voxels[:3],
+                linear[:3],
+                self.fixed.affine[:3, :3],
+                shape=(stop - start, *result.shape[1:3]),
             )
         return result
+
+    @functools.cached_property
+    def inverse_errors_mm(self) -> tuple[float, float]:
+        """Mean and maximum, over the working lattice, of the distance from a point to where map and inverse take it.
+
+        The inverse is the dense one, interpolated. Points that the map takes off the moving lattice do not count.
+        """
+        working, to_moving = self.fixed_working.affine, np.linalg.inv(self.moving.affine) @ self.matrix
+        error = np.asarray(
+            _inverse_error(
+                self.working_displacement,
+                self.inverse_displacement_mm,
+                (to_moving @ working)[:3],
+                (self.matrix @ working - working)[:3],
+                self.matrix[:3, :3] @ working[:3, :3],
+            )
+        )
+        return float(np.nanmean(error)), float(np.nanmax(error))
 
 
 def register(
@@ -140,9 +166,14 @@ def register(
     affine: str | Path | Float[np.ndarray, "4 4"] = "auto",
     similarity: str = "lncc",
     grid: int | float | None = None,
+    mask: Source | Volume | None = None,
+    model: str | Path | None = None,
+    refine: int | None = None,
     notify: Callable[[StageResult], None] = lambda result: None,
 ) -> Registration:
     """Find the map under which two images are most alike: affine, then a cubic control grid from coarse to fine.
+
+    Or a trained network proposes the map, and the last of the preset's stages refines it.
 
     Args:
       fixed, moving: paths of NIfTI files, images of nibabel's, pairs of array and affine (voxel -> RAS mm), or volumes
@@ -152,6 +183,9 @@ def register(
         file of ITK's or ANTs' with an affine, or the matrix, RAS mm of the fixed -> RAS mm of the moving image.
       similarity: a name in `losses.SIMILARITIES`; "nmi" and "mind" are for different modalities.
       grid: control points an axis in the last stage (int), or the length of its cells in mm (float); None for auto.
+      mask: labels on the lattice of the fixed image: what is 0 there does not guide the registration.
+      model: folder of a run of `train.py`; its network takes the place of the affine start and of the first stages.
+      refine: steps that follow the network; None: as the run's config says (`refinement.steps`).
       notify: takes the result of each stage.
 
     Raises:
@@ -160,29 +194,61 @@ def register(
     for name, value, known in (("preset", preset, PRESETS), ("similarity", similarity, SIMILARITIES)):
         if value not in known:
             raise InputError(f"{name} {value!r} is not known: the known ones are {', '.join(known)}")
+    if refine is not None and (model is None or refine < 0):
+        raise InputError(f"refine, {refine}, is a number of steps from 0 that follow a network, and needs a model")
+    if model is not None and not (isinstance(affine, str) and affine == "auto"):
+        raise InputError("a model brings its own alignment: leave affine at 'auto'")
     matrix = given_affine(affine)
     with ThreadPoolExecutor(2) as pool:
         fixed, moving = pool.map(_loaded, (fixed, moving))
         fixed_working, moving_working = pool.map(_at_work, (fixed, moving))
-    deformable.last_cells(fixed_working, PRESETS[preset], grid)  # A mistake is named before the long part.
-    if matrix is None:
+    mask = mask if mask is None or isinstance(mask, Volume) else nifti.load_labels(mask, like=fixed)
+    if mask is not None and not mask.array.any():
+        raise InputError(f"{mask.path}: the mask is 0 everywhere")
+    stages = PRESETS[preset]
+    deformable.last_cells(fixed_working, stages, grid)  # A mistake is named before the long part.
+    start, displacement, sigma_mm = time.monotonic(), None, None
+    if model is not None:
+        # Imported here: most registrations have no network.
+        from gridreg_jax.registration.network import propose
+        from gridreg_jax.training.trained import load_trained
+
+        trained = load_trained(model, notify=lambda line: None)
+        start = time.monotonic()
+        proposal = propose(trained, fixed, moving, fixed_working)
+        matrix, displacement, sigma_mm = proposal.matrix, proposal.displacement, proposal.sigma_mm
+        steps = trained.config["refinement"]["steps"] if refine is None else refine
+        stages = dataclasses.replace(stages, stages=(dataclasses.replace(stages.stages[-1], steps=steps),))
+    elif matrix is None:
         kind = "rigid" if affine == "rigid" else "affine"
         start_similarity = "nmi" if similarity in ("nmi", "mind") else "ncc"
-        matrix = affine_start.align(fixed_working, moving_working, kind=kind, similarity=start_similarity)
-    else:
-        affine_start.check_overlap(fixed, moving, matrix)
-    control_grid, certificate, stages = deformable.deform(
+        matrix = affine_start.align(fixed_working, moving_working, mask, kind=kind, similarity=start_similarity)
+    affine_start.check_overlap(fixed, moving, matrix)
+    seconds = {"start": time.monotonic() - start}
+    control_grid, certificate, results = deformable.deform(
         fixed_working,
         moving_working,
         matrix,
-        preset=PRESETS[preset],
+        preset=stages,
         similarity=similarity,
         grid=grid,
+        mask=mask,
+        start=displacement,
         notify=notify,
     )
+    seconds["deformation"] = time.monotonic() - start - seconds["start"]
     step = np.subtract(fixed.array.shape, 1) / np.subtract(fixed_working.array.shape, 1)
     return Registration(
-        fixed, moving, matrix, control_grid * step, certificate, tuple(stages), fixed_working, moving_working
+        fixed,
+        moving,
+        matrix,
+        control_grid * step,
+        certificate,
+        tuple(results),
+        fixed_working,
+        moving_working,
+        sigma_mm,
+        seconds,
     )
 
 
@@ -240,7 +306,7 @@ def _slabs(shape: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _loaded(source: Source | Volume) -> Volume:
-    return source if isinstance(source, Volume) else nifti.load_image(source)
+    return source if isinstance(source, Volume) else nifti.load_image(source, placed=True)
 
 
 def _at_work(volume: Volume) -> Volume:
@@ -280,19 +346,35 @@ def _pull_slab(array, displacement, start, matrix, outside, *, labels):
     return jnp.where(inside, values, outside)
 
 
+def _towards_inverse(w, u, points, iterations: int):
+    """w closer to `w(z) = -u(z + w(z))` at some points z (voxels of u). Plain steps diverge where u stretches most."""
+    return jax.lax.fori_loop(0, iterations, lambda _, w: w - RELAXATION * (w + sample(u, points + w)), w)
+
+
 @jax.jit
-def _invert(u, spacing):
-    shape = u.shape[:3]
-    lattice = identity_grid(shape)
-    w = jax.lax.fori_loop(0, INVERSE_ITERATIONS, lambda _, w: -sample(u, lattice + w), jnp.zeros_like(u))
-    reached = lattice + u
-    inside = jnp.all((reached >= 0) & (reached <= jnp.asarray(shape) - 1), axis=-1)
-    error = jnp.linalg.norm((u + sample(w, reached)) * spacing, axis=-1)
-    return w, jnp.where(inside, error, jnp.nan)
+def _invert(u):
+    return _towards_inverse(jnp.zeros_like(u), u, identity_grid(u.shape[:3]), INVERSE_ITERATIONS)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def _inverse_slab(w, start, to_working, linear, working, *, shape):
+def _inverse_slab(coarse, u, step, start, to_voxels, linear, fixed, *, shape):
+    """The inverse map's displacement (mm) at some rows of the moving lattice.
+
+    Args:
+      coarse: the inverse of u on the working lattice, in its voxels; `step` of those of u are one.
+    """
     lattice = identity_grid(shape).at[..., 0].add(start)
-    moved = jnp.matmul(sample(w, _linear(lattice, to_working)), working.T, precision=jax.lax.Precision.HIGHEST)
-    return moved + _linear(lattice, linear)
+    points = _linear(lattice, to_voxels)
+    w = _towards_inverse(sample(coarse, points / step) * step, u, points, FINISHING_ITERATIONS)
+    return jnp.matmul(w, fixed.T, precision=jax.lax.Precision.HIGHEST) + _linear(lattice, linear)
+
+
+@jax.jit
+def _inverse_error(u, inverse_mm, to_moving, linear, scale):
+    """How far from each voxel of a lattice the map and its dense inverse lead (mm), NaN where there is no inverse."""
+    lattice = identity_grid(u.shape[:3])
+    reached = _linear(lattice + u, to_moving)
+    there = _linear(lattice, linear) + jnp.matmul(u, scale.T, precision=jax.lax.Precision.HIGHEST)
+    error = jnp.linalg.norm(there + sample(inverse_mm, reached), axis=-1)
+    inside = jnp.all((reached >= 0) & (reached <= jnp.asarray(inverse_mm.shape[:3]) - 1), axis=-1)
+    return jnp.where(inside, error, jnp.nan)

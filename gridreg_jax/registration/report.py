@@ -1,258 +1,125 @@
-"""What a registration leaves in its folder: images, transforms, numbers, and a page to look at."""
+"""A page that shows a registration, in one file: pictures, curves and numbers, no library and no network needed."""
 
 import base64
 import html
-import io
-import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import struct
+import zlib
+from collections.abc import Iterator
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Float, UInt8
 
-from gridreg_jax import __version__, geometry
-from gridreg_jax.data import nifti
-from gridreg_jax.data.nifti import Volume
-from gridreg_jax.data.preprocess import normalise, resample
-from gridreg_jax.errors import InputError
-from gridreg_jax.export import itk
-from gridreg_jax.files import replacing
+from gridreg_jax import geometry
 from gridreg_jax.registration.register import Registration
-from gridreg_jax.transforms.jacobian import jacobian_determinant
-
-# To which displacements are rounded in files.
-STEPS_PER_MM = np.float32(4096)
-
-
-def save(
-    registration: Registration,
-    out: str | Path,
-    *,
-    fixed_labels: Volume | None = None,
-    moving_labels: Volume | None = None,
-    fixed_points: str | Path | None = None,
-    moving_points: str | Path | None = None,
-    also_apply: Sequence[Volume] = (),
-    command: str = "",
-) -> dict:
-    """Writes the results into a folder, each file whole or not at all, and `metrics.json` last.
-
-    `warped.nii.gz` on the lattice of the fixed image, as its file has it; `transform.tfm` (affine and spline) and
-    `spline.mat` for ITK; `displacement.nii.gz` (the whole map) and `inverse_displacement.nii.gz`; `warped_NAME` for
-    other volumes; `NAME_in_moving.csv`, `NAME_in_fixed.csv` for points; `metrics.json` and `report.html`.
-
-    Args:
-      registration: what `register` found.
-      out: the folder, made when missing.
-      fixed_labels, moving_labels: on the lattices of the two images; with both, Dice is measured.
-      fixed_points, moving_points: CSV files of landmarks (RAS mm); with both, their distances are measured.
-      also_apply: more images in the moving image's space.
-      command: for the report.
-
-    Returns:
-      The content of `metrics.json`.
-
-    Raises:
-      InputError: landmarks without a common id, or a file that cannot be written.
-    """
-    out, fixed = Path(out), registration.fixed
-    make_folder(out)
-    metrics = {"version": __version__, "command": command}
-    with ThreadPoolExecutor(2) as pool:
-        jobs = []
-
-        def write_volume(name: str, array: np.ndarray, like: Volume = fixed) -> None:
-            jobs.append(pool.submit(nifti.save, out / name, *nifti.as_stored(array, like)))
-
-        def write_displacement(name: str, array: np.ndarray, like: Volume) -> None:
-            # A quarter of the file less, and a third of the time to compress it.
-            rounded = np.rint(array * STEPS_PER_MM) / STEPS_PER_MM
-            jobs.append(pool.submit(itk.save_displacement, out / name, *nifti.as_stored(rounded, like)))
-
-        write_displacement("displacement.nii.gz", registration.displacement_mm, fixed)
-        write_displacement("inverse_displacement.nii.gz", registration.inverse_displacement_mm(), registration.moving)
-        warped = registration.warp(registration.moving)
-        write_volume("warped.nii.gz", warped)
-        for volume in also_apply:
-            write_volume(f"warped_{_stem(volume.path)}.nii.gz", registration.warp(volume))
-        itk.write_tfm(out / "transform.tfm", registration.transforms)
-        itk.write_mat(out / "spline.mat", registration.transforms[1])
-        pictures, numbers = _pictures(registration, warped)
-        metrics |= numbers
-        if moving_labels is not None:
-            warped_labels = registration.warp(moving_labels, labels=True)
-            write_volume(f"warped_{_stem(moving_labels.path)}.nii.gz", warped_labels)
-            if fixed_labels is not None:
-                unmoved = resample(moving_labels, fixed.affine, fixed.array.shape, labels=True)
-                metrics["dice"] = _overlap(fixed_labels.array, {"before": unmoved, "after": warped_labels})
-        if fixed_points or moving_points:
-            metrics |= _points(registration, out, fixed_points, moving_points)
-        for job in jobs:
-            job.result()
-    page = _page(registration, metrics, pictures)
-    for name, text in (("report.html", page), ("metrics.json", json.dumps(metrics, indent=1) + "\n")):
-        with replacing(out / name) as temporary:
-            temporary.write_text(text)
-    return metrics
-
-
-def make_folder(out: Path) -> None:
-    """Makes the folder of the results; `InputError` where nothing can be written there."""
-    try:
-        with replacing(out / "metrics.json.test") as temporary:
-            temporary.touch()
-        (out / "metrics.json.test").unlink()
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
-
-
-@jax.jit
-def _jacobian(displacement):
-    determinant = jacobian_determinant(displacement[None])[0]
-    logarithm = jnp.log(jnp.maximum(determinant, 1e-9))
-    folded = 100 * jnp.mean(determinant <= 0)
-    return determinant, jnp.min(determinant), jnp.max(determinant), folded, jnp.std(logarithm)
-
-
-def _pictures(registration: Registration, warped: Float[np.ndarray, "X Y Z"]) -> tuple[dict, dict]:
-    """Planes to draw, on the working lattice, and numbers about the map and the likeness of the images."""
-    fixed, moving, matrix = registration.fixed_working, registration.moving_working, registration.matrix
-    shape, affine = fixed.array.shape, fixed.affine
-    volumes = {
-        "before": resample(moving, affine, shape),
-        "affine": resample(moving, matrix @ affine, shape),
-        "after": resample(Volume(normalise(warped), registration.fixed.affine, moving.path), affine, shape),
-    }
-    correlation = {name: float(np.corrcoef(fixed.array.ravel(), v.ravel())[0, 1]) for name, v in volumes.items()}
-    determinant, *statistics = _jacobian(registration.displacement)
-    lowest, highest, folded, deviation = map(float, statistics)
-    certificate, (mean, largest) = registration.certificate, registration.inverse_errors_mm
-    numbers = {
-        "correlation": {name: value if np.isfinite(value) else None for name, value in correlation.items()},
-        "affine": matrix.tolist(),
-        "affine_determinant": float(np.linalg.det(matrix[:3, :3])),
-        "stages": [
-            {
-                "grid_size": stage.grid_size,
-                "shape": stage.shape,
-                "steps": len(stage.similarity),
-                "first_similarity": stage.similarity[0],
-                "last_similarity": stage.similarity[-1],
-            }
-            for stage in registration.stages
-        ],
-        "folding_percent": folded,
-        "jacobian_determinant": {"min": lowest, "max": highest},
-        "sd_log_jacobian": deviation,
-        "certificate": {
-            "invertible": certificate.invertible,
-            "one_to_one": certificate.one_to_one,
-            "lower_bound": certificate.lower_bound,
-            "text": str(certificate),
-        },
-        "inverse_error_mm": {"mean": mean, "max": largest},
-    }
-    return volumes | {"fixed": fixed.array, "determinant": np.pad(np.asarray(determinant), 1, mode="edge")}, numbers
-
-
-def _overlap(fixed_labels: Int32[np.ndarray, "X Y Z"], others: dict[str, np.ndarray]) -> dict:
-    """Mean Dice over the labels of both images, and that of each label, for every map in `others`."""
-    result = {}
-    for name, other in others.items():
-        foreground = (fixed_labels != 0) | (other != 0)
-        both = np.stack([fixed_labels[foreground], other[foreground]])
-        ids, index = np.unique(both, return_inverse=True)
-        first, second = index.reshape(both.shape)
-        sizes = [np.bincount(part, minlength=len(ids)) for part in (first, second)]
-        common = np.bincount(first[first == second], minlength=len(ids))
-        dice = {int(i): 2 * int(c) / int(a + b) for i, a, b, c in zip(ids, *sizes, common, strict=True) if i != 0}
-        result[name] = {"mean": float(np.mean(list(dice.values()))) if dice else None, "labels": dice}
-    return result
-
-
-def _points(registration: Registration, out: Path, fixed_points, moving_points) -> dict:
-    fixed = nifti.load_landmarks(fixed_points) if fixed_points else {}
-    moving = nifti.load_landmarks(moving_points) if moving_points else {}
-    mapped = {}
-    for points, path, maps, where in (
-        (fixed, fixed_points, registration.map_points, "moving"),
-        (moving, moving_points, registration.map_points_back, "fixed"),
-    ):
-        if points:
-            mapped[where] = dict(zip(points, maps(np.array(list(points.values()))), strict=True))
-            write_points(out / f"{Path(path).stem}_in_{where}.csv", mapped[where])
-    if not (fixed and moving):
-        return {}
-    common = sorted(fixed.keys() & moving.keys())
-    if not common:
-        raise InputError(f"{fixed_points} and {moving_points} have no id in common")
-    before = [float(np.linalg.norm(fixed[i] - moving[i])) for i in common]
-    after = [float(np.linalg.norm(mapped["moving"][i] - moving[i])) for i in common]
-    return {"tre_mm": {"points": len(common), "before": float(np.mean(before)), "after": float(np.mean(after))}}
-
-
-def write_points(path: Path, points: dict[int, Float[np.ndarray, "3"]]) -> None:
-    """Writes landmarks as CSV with the columns id, x, y, z (RAS mm), whole or not at all."""
-    lines = [f"{number},{x:.6f},{y:.6f},{z:.6f}" for number, (x, y, z) in points.items()]
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text("\n".join(["id,x,y,z", *lines]) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-
 
 # Name of a plane, the axis across it, and the axes shown to the right and upwards.
-_PLANES = (("axial", 2, (0, 1)), ("coronal", 1, (0, 2)), ("sagittal", 0, (1, 2)))
+PLANES = (("axial", 2, (0, 1)), ("coronal", 1, (0, 2)), ("sagittal", 0, (1, 2)))
+# Longest side of a picture in the table, and in the comparison (pixels).
+SMALL, LARGE = 190.0, 380.0
+COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44")
+# Fields of a checkerboard along the longest side.
+FIELDS = 8
+
+_HEAD = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>%s</title><style>
+body { font-family: sans-serif; margin: 2em; color: #222 }
+th { text-align: left; font-weight: normal; padding-right: 1em; vertical-align: top }
+pre { background: #eee; padding: 0.5em; white-space: pre-wrap; overflow-wrap: anywhere }
+.pair { display: inline-block; position: relative; background: black; margin-right: 8px }
+.pair img { display: block } .pair img[hidden] { display: none } .pair img + img { position: absolute; top: 0; left: 0 }
+.moving { clip-path: inset(0 0 0 var(--cut)) } body { --cut: 50%% }
+.line { position: absolute; top: 0; bottom: 0; left: var(--cut); border-left: 1px solid #fc0 }
+#slider { width: 30em; max-width: 100%% }
+</style></head><body>
+"""
+_SCRIPT = """<script>
+const slider = document.getElementById("slider"), which = document.getElementById("which");
+function show() {
+  document.body.style.setProperty("--cut", slider.value + "%");
+  for (const image of document.querySelectorAll(".moving")) image.hidden = image.dataset.name !== which.value;
+}
+slider.addEventListener("input", show);
+which.addEventListener("change", show);
+show();
+</script>
+"""
 
 
-def _page(registration: Registration, metrics: dict, pictures: dict) -> str:
-    # Imported here: what does not draw need not wait for it.
-    from matplotlib import colormaps
+def page(registration: Registration, metrics: dict, volumes: dict[str, Float[np.ndarray, "x y z"]]) -> str:
+    """The page as HTML.
 
-    spacing = geometry.spacing(registration.fixed_working.affine)
-    fixed = pictures["fixed"]
-    rows = []
-    for plane, across, shown in _PLANES:
-        size = [spacing[axis] * (fixed.shape[axis] - 1) for axis in shown]
-        scale = 230 / max(size)
-
-        def cut(volume, across=across):
-            return np.take(volume, volume.shape[across] // 2, axis=across).T[::-1]
-
-        cells = []
-        for name in ("before", "affine", "after"):
-            # Fixed in red, moving in green and blue: grey where the two agree.
-            other = cut(pictures[name])
-            cells.append(np.stack([cut(fixed), other, other], axis=-1))
-        cells.append(colormaps["PiYG"](np.clip(cut(pictures["determinant"]) / 2, 0, 1))[..., :3])
-        images = "".join(f"<td>{_image(_png(cell), *[side * scale for side in size])}</td>" for cell in cells)
-        grid = _image(_grid_picture(registration, across, shown), *[side * scale for side in size])
-        rows.append(f"<tr><th>{plane}</th>{images}<td>{grid}</td></tr>")
-    heads = "".join(
-        f"<th>{head}</th>" for head in ("", "by headers", "affine", "result", "Jacobian, 0 to 2", "deformed grid")
+    Args:
+      registration: for the title, the grid, the curve and the spacing.
+      metrics: the content of `metrics.json`.
+      volumes: on one lattice from corner to corner of the fixed image, of any number of voxels each: "fixed"; the
+        moving image "before" (by the headers), after the "affine" part and "after" all; "determinant"; or else also
+        "sigma_mm".
+    """
+    title = html.escape(f"{registration.moving.path.name} to {registration.fixed.path.name}")
+    return "".join(
+        [
+            _HEAD % title,
+            f"<h1>{title}</h1>\n<pre>{html.escape(metrics['command'])}</pre>\n",
+            *_comparison(registration, volumes),
+            *_table(registration, volumes),
+            "<h2>Similarity by step (lower is more alike)</h2>\n",
+            _curve(registration),
+            *_numbers(metrics),
+            _SCRIPT,
+            "</body></html>\n",
+        ]
     )
+
+
+def _comparison(registration: Registration, volumes: dict) -> Iterator[str]:
+    """The middle planes of the fixed image, and of the moving image to the right of a line that a slider moves."""
+    yield '<p><input type="range" id="slider" min="0" max="100" value="50"> left: fixed image, right: moving image '
+    yield '<select id="which"><option value="after">result</option><option value="affine">affine part</option>'
+    yield '<option value="before">by the headers</option></select></p>\n<div>'
+    for _, across, shown in PLANES:
+        size = _size(registration, shown, LARGE)
+        yield f'<div class="pair">{_image(_gray(_cut(volumes["fixed"], across)), size)}'
+        for name in ("after", "affine", "before"):
+            hidden = "" if name == "after" else " hidden"
+            yield _image(_gray(_cut(volumes[name], across)), size, f' class="moving" data-name="{name}"{hidden}')
+        yield '<div class="line"></div></div>'
+    yield "</div>\n"
+
+
+def _table(registration: Registration, volumes: dict) -> Iterator[str]:
+    """Overlays, a checkerboard and maps of the deformation, a row for each plane."""
+    yield "<h2>Fixed image in red, moving image in cyan: grey where they agree</h2>\n<table><tr>"
+    heads = ["", "by headers", "affine", "result", "checkerboard", "Jacobian: red 0, white 1, blue 2", "deformed grid"]
+    if sigma := "sigma_mm" in volumes:
+        highest = float(volumes["sigma_mm"].max())
+        heads.append(f"uncertainty, 0 to {highest:.2g} mm")
+    yield "".join(f"<th>{head}</th>" for head in heads) + "</tr>\n"
+    for plane, across, shown in PLANES:
+        size = _size(registration, shown, SMALL)
+        fixed, after = (_cut(volumes[name], across) for name in ("fixed", "after"))
+        pictures = []
+        for name in ("before", "affine", "after"):
+            other = _cut(volumes[name], across)
+            pictures.append(_png(np.stack([fixed, other, other], axis=-1)))
+        rows, columns = (np.arange(n) * FIELDS // max(fixed.shape) for n in fixed.shape)
+        pictures.append(_gray(np.where((rows[:, None] + columns) % 2 == 0, fixed, after)))
+        # From red (nothing is left of a voxel) over white to blue (twice its size).
+        distance = np.clip(_cut(volumes["determinant"], across) - 1, -1, 1)[..., None]
+        pictures.append(_png(1 - np.abs(distance) * np.where(distance < 0, [0.2, 0.9, 0.9], [0.9, 0.7, 0.1])))
+        cells = [_image(picture, size) for picture in pictures] + [_grid(registration, across, shown, size)]
+        if sigma:
+            cells.append(_image(_gray(_cut(volumes["sigma_mm"], across) / (highest or 1.0)), size))
+        yield f"<tr><th>{plane}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>\n"
+    yield "</table>\n"
+
+
+def _numbers(metrics: dict) -> Iterator[str]:
+    yield "<h2>Numbers</h2><table>\n"
     shown = {name: value for name, value in metrics.items() if name not in ("command", "stages", "affine", "dice")}
     shown |= {f"dice {name}": part["mean"] for name, part in metrics.get("dice", {}).items()}
-    numbers = "".join(f"<tr><th>{name}</th><td>{html.escape(_text(value))}</td></tr>" for name, value in shown.items())
-    title = html.escape(f"{registration.moving.path.name} to {registration.fixed.path.name}")
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font-family: sans-serif; margin: 2em }} th {{ text-align: left; font-weight: normal; padding-right: 1em }}
-pre {{ background: #eee; padding: 0.5em; white-space: pre-wrap }} img {{ image-rendering: auto }}
-</style></head><body><h1>{title}</h1>
-<pre>{html.escape(metrics["command"])}</pre>
-<p>Fixed image in red, moving image in cyan: grey where they agree.</p>
-<table><tr>{heads}</tr>{"".join(rows)}</table>
-<h2>Similarity by step (lower is more alike)</h2>{_image(_curve_picture(registration), 600.0, 240.0)}
-<h2>Numbers</h2><table>{numbers}</table></body></html>
-"""
+    for name, value in shown.items():
+        yield f"<tr><th>{name}</th><td>{html.escape(_text(value))}</td></tr>\n"
+    yield "</table>\n"
 
 
 def _text(value) -> str:
@@ -261,53 +128,76 @@ def _text(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _image(png: bytes, width: float, height: float) -> str:
+def _cut(volume: Float[np.ndarray, "x y z"], across: int) -> Float[np.ndarray, "h w"]:
+    """The middle plane, as a picture: its second axis upwards."""
+    return np.take(volume, volume.shape[across] // 2, axis=across).T[::-1]
+
+
+def _size(registration: Registration, shown: tuple[int, int], longest: float) -> tuple[float, float]:
+    """Width and height of a picture, in the proportions of the fixed image in mm."""
+    fixed = registration.fixed
+    sides = (np.subtract(fixed.array.shape, 1) * geometry.spacing(fixed.affine))[list(shown)]
+    return tuple(np.maximum(1, sides / sides.max() * longest))
+
+
+def _image(png: bytes, size: tuple[float, float], attributes: str = "") -> str:
     data = base64.b64encode(png).decode()
-    return f'<img src="data:image/png;base64,{data}" width="{width:.0f}" height="{height:.0f}" alt="">'
+    return f'<img src="data:image/png;base64,{data}" width="{size[0]:.0f}" height="{size[1]:.0f}" alt=""{attributes}>'
+
+
+def _gray(plane: Float[np.ndarray, "h w"]) -> bytes:
+    return _png(np.repeat(plane[..., None], 3, axis=-1))
 
 
 def _png(rgb: Float[np.ndarray, "h w 3"]) -> bytes:
-    from matplotlib.image import imsave
+    """A picture of values from 0 to 1 as PNG (RFC 2083): header, one compressed block of rows, end."""
+    pixels: UInt8[np.ndarray, "h w 3"] = np.rint(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
+    height, width, _ = pixels.shape
+    rows = np.pad(pixels.reshape(height, -1), [(0, 0), (1, 0)])  # Each row begins with its filter: 0, none.
+    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)  # 8 bits, red green blue
+    result = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")):
+        result += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return result
 
-    buffer = io.BytesIO()
-    imsave(buffer, np.clip(rgb, 0, 1), format="png")
-    return buffer.getvalue()
 
-
-def _grid_picture(registration: Registration, across: int, shown: tuple[int, int]) -> bytes:
-    """Every few rows and columns of the middle plane of the fixed lattice, where u takes them."""
-    from matplotlib.figure import Figure
-
+def _grid(registration: Registration, across: int, shown: tuple[int, int], size: tuple[float, float]) -> str:
+    """Every few rows and columns of the middle plane of the fixed lattice, where u takes them, as a drawing."""
     displacement = registration.displacement
     plane = np.take(displacement, displacement.shape[across] // 2, axis=across)[..., list(shown)]
-    spacing = geometry.spacing(registration.fixed.affine)[list(shown)]
-    points = (np.stack(np.indices(plane.shape[:2]), axis=-1) + plane) * spacing
-    sides = np.subtract(plane.shape[:2], 1) * spacing
-    figure = Figure(figsize=sides / max(sides) * 4)
-    axis = figure.add_axes((0, 0, 1, 1))
-    for lines in (points, points.swapaxes(0, 1)):
-        for line in lines[:: max(1, len(lines) // 30)]:
-            axis.plot(*line.T, color="tab:blue", linewidth=0.6)
-    axis.set(xlim=(0, sides[0]), ylim=(0, sides[1]))
-    axis.axis("off")
-    return _figure(figure)
+    last = np.maximum(np.subtract(plane.shape[:2], 1), 1)
+    points = (np.stack(np.indices(plane.shape[:2]), axis=-1) + plane) / last * size
+    points[..., 1] = size[1] - points[..., 1]
+    lines = []
+    for rows in (points, points.swapaxes(0, 1)):
+        for line in rows[:: max(1, len(rows) // 30)]:
+            lines.append("M" + " ".join(f"{x:.1f},{y:.1f}" for x, y in line[:: max(1, len(line) // 60)]))
+    path = f'<path d="{"".join(lines)}" fill="none" stroke="{COLORS[0]}" stroke-width="0.6"/>'
+    return f'<svg width="{size[0]:.0f}" height="{size[1]:.0f}">{path}</svg>'
 
 
-def _curve_picture(registration: Registration) -> bytes:
-    from matplotlib.figure import Figure
+def _curve(registration: Registration) -> str:
+    """Similarity of every step, a colour for each stage, as a drawing."""
+    stages = [stage for stage in registration.stages if stage.similarity]
+    if not stages:
+        return "<p>no steps</p>\n"
+    width, height, margin = 600, 220, 50
+    values = np.concatenate([stage.similarity for stage in stages])
+    low, high = values.min(), max(values.max(), values.min() + 1e-9)
 
-    figure = Figure(figsize=(7.5, 3), layout="tight")
-    axis, start = figure.subplots(), 0
-    for stage in registration.stages:
-        steps = np.arange(start, start + len(stage.similarity))
-        axis.plot(steps, stage.similarity, label="x".join(map(str, stage.grid_size)))
-        start = len(steps) + start
-    axis.set(xlabel="step", ylabel="1 - similarity")
-    axis.legend(title="control grid", fontsize=8)
-    return _figure(figure)
+    def place(step, value):
+        return f"{margin + step / len(values) * width:.1f},{10 + (high - value) / (high - low) * height:.1f}"
 
-
-def _figure(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+    parts, start = [], 0
+    for number, stage in enumerate(stages):
+        steps = range(start, start + len(stage.similarity))
+        points, color = " ".join(map(place, steps, stage.similarity)), COLORS[number % len(COLORS)]
+        label = f"{'x'.join(map(str, stage.grid_size))} on {'x'.join(map(str, stage.shape))} voxels"
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts.append(f'<text x="{margin + width + 10}" y="{20 + 18 * number}" fill="{color}">{label}</text>')
+        start = steps.stop
+    for value in (low, high):
+        parts.append(f'<text x="0" y="{place(0, value).split(",")[1]}">{value:.3f}</text>')
+    for step in (0, len(values)):
+        parts.append(f'<text x="{place(step, low).split(",")[0]}" y="{height + 30}">{step}</text>')
+    return f'<svg width="{width + 320}" height="{height + 40}" font-size="13">{"".join(parts)}</svg>\n'

@@ -147,6 +147,31 @@ def test_an_affine_after_the_spline(tmp_path, method, suffix):
     np.testing.assert_allclose(itk.apply(stored, points_mm), expected, atol=1e-9)
 
 
+# From voxels of a lattice to those under the grid: the same; turned, mirrored, finer and reaching beyond; oblique.
+LATTICES = {
+    "same": (np.eye(4), True),
+    "turned": (nib.affines.from_matvec(np.eye(3)[:, [1, 2, 0]] * [0.7, -1.3, 0.9], [-2.0, -1.5, 40.0]), True),
+    "oblique": (nib.affines.from_matvec(rotation(0.02, -0.01, 0.3), [1.0, 2.0, -3.0]), False),
+}
+
+
+@pytest.mark.parametrize("name", LATTICES)
+@pytest.mark.parametrize("method", SAVE)
+def test_a_whole_lattice_moves_as_its_points_do(monkeypatch, method, name):
+    to_grid, along_its_axes = LATTICES[name]
+    affine, shape = AFFINES["permuted"] @ to_grid, (29, 31, 30)
+    spline = SAVE[method](random_grid(method), SHAPE, AFFINES["permuted"])
+    matrix = nib.affines.from_matvec(rotation(-0.2, 0.4, 0.1), [5.0, -6.0, 7.0])
+    transforms = [itk.affine_transform(matrix), spline]
+    assert (itk._on_lattice(spline, shape, affine) is not None) == along_its_axes
+    monkeypatch.setattr(itk, "SLAB", 10_000)
+    found = itk.displacement(transforms, shape, affine)
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    mapped = itk.apply(transforms, geometry.voxel_to_world(grid.reshape(-1, 3), affine))
+    expected = geometry.world_to_voxel(mapped, affine).reshape(*shape, 3) - grid
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_reading_gives_the_written_numbers(tmp_path, suffix):
     transform = itk.bspline_transform(random_grid("bspline"), SHAPE, AFFINES["oblique"])

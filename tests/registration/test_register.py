@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -13,7 +14,7 @@ from gridreg_jax.data import nifti
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.errors import InputError
 from gridreg_jax.export import itk
-from gridreg_jax.registration import report
+from gridreg_jax.registration import results
 from gridreg_jax.registration.register import Registration, given_affine, register
 
 FIXED, MOVING = (34, 30, 22), (28, 36, 33)
@@ -55,7 +56,7 @@ def out(found, folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "deeper"
     labels = {f"{name}_labels": nifti.load_labels(folder / f"{name}_labels.nii.gz") for name in ("fixed", "moving")}
     points = {f"{name}_points": folder / f"{name}_points.csv" for name in ("fixed", "moving")}
-    report.save(found, out, **labels, **points, also_apply=[nifti.load_image(folder / "moving_labels.nii.gz")])
+    results.save(found, out, **labels, **points, also_apply=[nifti.load_image(folder / "moving_labels.nii.gz")])
     return out
 
 
@@ -77,7 +78,7 @@ def test_the_folder_holds_what_it_should_and_nothing_half_written(out):
     expected = {f"{name}.nii.gz" for name in names} | {"transform.tfm", "spline.mat", "metrics.json", "report.html"}
     expected |= {"fixed_points_in_moving.csv", "moving_points_in_fixed.csv"}
     assert {path.name for path in out.iterdir()} == expected
-    assert (out / "report.html").read_text().count("data:image/png;base64") == 16
+    assert (out / "report.html").read_text().count("data:image/png;base64") == 27
 
 
 @pytest.mark.parametrize("name", ["warped", "warped_moving_labels", "displacement"])
@@ -164,8 +165,43 @@ def test_an_unknown_name_is_named(folder, option):
         register(folder / "fixed.nii.gz", folder / "moving.nii.gz", **{option: "fats"})
 
 
+def test_what_the_mask_leaves_out_does_not_count(folder, found):
+    fixed = nifti.load_image(folder / "fixed.nii.gz")
+    spoilt = fixed.array.copy()
+    spoilt[:, :8] = spoilt.max() * np.random.default_rng(4).uniform(size=spoilt[:, :8].shape)
+    mask = np.ones(FIXED, np.int32)
+    mask[:, :8] = 0
+    points_mm = geometry.voxel_to_world(voxels(FIXED) * [1, 0.5, 1] + [0, 13, 0], fixed.affine)
+    errors = []
+    for options in ({}, {"mask": Volume(mask, fixed.affine, Path("mask"))}):
+        other = register(Volume(spoilt, fixed.affine, fixed.path), folder / "moving.nii.gz", preset="fast", **options)
+        errors.append(np.linalg.norm(other.map_points(points_mm) - found.map_points(points_mm), axis=1).mean())
+    assert errors[1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize("late", ["warped.nii.gz", "displacement.nii.gz", "transform.tfm", "report.html"])
+def test_a_write_that_fails_late_leaves_nothing(found, tmp_path, monkeypatch, late):
+    def fail(path, content):
+        if path.name.endswith(late):
+            raise OSError(28, "No space left on device")
+        return write[type(content)](path, content)
+
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "warped.nii.gz").write_bytes(b"old")
+    write = {bytes: Path.write_bytes, str: Path.write_text}
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(InputError, match="cannot be written .No space left"):
+        results.save(found, tmp_path / "new" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    with pytest.raises(InputError, match="cannot be written .No space left"):
+        results.save(found, tmp_path / "there")
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["warped.nii.gz"]
+    assert (tmp_path / "there" / "warped.nii.gz").read_bytes() == b"old"
+
+
 def test_a_failed_write_leaves_no_folder_of_parts(found, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written"):
-        report.save(found, tmp_path / "file" / "out")
+        results.save(found, tmp_path / "file" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

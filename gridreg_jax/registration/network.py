@@ -1,0 +1,71 @@
+"""A trained network's proposal for two images: where the optimisation begins."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float32
+
+from gridreg_jax.data.nifti import Volume
+from gridreg_jax.data.preprocess import Lattice, place
+from gridreg_jax.training.trained import Trained
+from gridreg_jax.transforms.warp import identity_grid, sample
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Proposal:
+    """The map `y = matrix (x + u(x))` that a network predicts.
+
+    Attributes:
+      matrix: RAS mm -> RAS mm; a translation, which brings the middles of the two lattices onto each other.
+      displacement: u at the voxels of the lattice that it was asked for, in its voxels.
+      sigma_mm: with a Bayesian head, there, the root of the summed variances of its three components.
+    """
+
+    matrix: Float[np.ndarray, "4 4"]
+    displacement: Float32[np.ndarray, "X Y Z 3"]
+    sigma_mm: Float32[np.ndarray, "X Y Z"] | None
+
+
+def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Proposal:
+    """Run a network on two images, prepared as those it was trained on, and bring its map onto a lattice.
+
+    Args:
+      trained: the network.
+      fixed, moving: images of any lattice.
+      like: the lattice of the result. Off the network's own, u is what it is at the border.
+
+    Raises:
+      InputError: nothing of an image lies on the network's lattice.
+    """
+    data = trained.config["data"]
+    lattice = Lattice(data["shape"], data["spacing"], data["center"])
+    (fixed_array, fixed_affine), (moving_array, moving_affine) = (place(volume, lattice) for volume in (fixed, moving))
+    to_lattice = np.linalg.inv(fixed_affine) @ like.affine
+    displacement, variance_mm2 = _predict(
+        trained.params,
+        fixed_array,
+        moving_array,
+        to_lattice[:3],
+        np.linalg.inv(to_lattice[:3, :3]),
+        np.square(lattice.spacing, dtype=np.float32),
+        model=trained.model,
+        grid_size=trained.grid_size,
+        shape=like.array.shape,
+    )
+    sigma_mm = None if variance_mm2 is None else np.sqrt(variance_mm2)
+    return Proposal(moving_affine @ np.linalg.inv(fixed_affine), np.asarray(displacement), sigma_mm)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "grid_size", "shape"))
+def _predict(params, fixed, moving, to_lattice, to_voxels, squared_spacing, *, model, grid_size, shape):
+    prediction = model.apply(params, fixed[None, ..., None], moving[None, ..., None], grid_size=grid_size)
+    points = jnp.matmul(identity_grid(shape), to_lattice[:, :3].T, precision=jax.lax.Precision.HIGHEST)
+    points += to_lattice[:, 3]
+    displacement = sample(prediction.displacement[0], points)
+    variance_mm2 = None
+    if prediction.variance is not None:
+        variance_mm2 = jnp.sum(sample(prediction.variance[0], points) * squared_spacing, axis=-1)
+    return jnp.matmul(displacement, to_voxels.T, precision=jax.lax.Precision.HIGHEST), variance_mm2

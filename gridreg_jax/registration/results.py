@@ -1,0 +1,258 @@
+"""What a registration leaves in its folder: images, transforms, numbers, and a page to look at."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int32
+
+from gridreg_jax import __version__, geometry
+from gridreg_jax.data import nifti
+from gridreg_jax.data.nifti import Volume
+from gridreg_jax.errors import InputError
+from gridreg_jax.export import itk
+from gridreg_jax.files import replacing
+from gridreg_jax.registration.register import Registration, pull
+from gridreg_jax.registration.report import page
+from gridreg_jax.transforms.jacobian import jacobian_determinant
+
+# To which displacements are rounded in files: a third of the time to compress them, a quarter less to store.
+STEPS_PER_MM = np.float32(4096)
+
+
+def save(
+    registration: Registration,
+    out: str | Path,
+    *,
+    fixed_labels: Volume | None = None,
+    moving_labels: Volume | None = None,
+    fixed_points: str | Path | None = None,
+    moving_points: str | Path | None = None,
+    also_apply: Sequence[Volume] = (),
+    command: str = "",
+) -> dict:
+    """Writes the results into a folder: all files, or none.
+
+    `warped.nii.gz` on the lattice of the fixed image, as its file has it; `transform.tfm` (affine and spline) and
+    `spline.mat` for ITK; `displacement.nii.gz` (the whole map) and `inverse_displacement.nii.gz`; `warped_NAME` for
+    other volumes; `NAME_in_moving.csv`, `NAME_in_fixed.csv` for points; `metrics.json` and `report.html`.
+
+    Args:
+      registration: what `register` found.
+      out: the folder, made when missing.
+      fixed_labels, moving_labels: on the lattices of the two images; with both, Dice is measured.
+      fixed_points, moving_points: CSV files of landmarks (RAS mm); with both, their distances are measured.
+      also_apply: more images in the moving image's space.
+      command: for the report.
+
+    Returns:
+      The content of `metrics.json`.
+
+    Raises:
+      InputError: landmarks outside the image or without a common id, or a file that cannot be written.
+    """
+    fixed, moving = registration.fixed, registration.moving
+    points = load_points(fixed, moving, fixed_points, moving_points)
+    metrics = {"version": __version__, "command": command}
+    with filling(Path(out)) as folder, ThreadPoolExecutor(3) as pool:
+        jobs = []
+
+        def write(name: str, array: np.ndarray) -> None:
+            jobs.append(pool.submit(nifti.save, folder / name, *nifti.as_stored(array, fixed)))
+
+        def write_displacement(name: str, like: Volume) -> None:
+            rounded = np.rint(getattr(registration, f"{name}_mm") * STEPS_PER_MM) / STEPS_PER_MM
+            itk.save_displacement(folder / f"{name}.nii.gz", *nifti.as_stored(rounded, like))
+
+        warped = registration.warp(moving)
+        jobs.append(pool.submit(write_displacement, "inverse_displacement", moving))
+        jobs.append(pool.submit(write_displacement, "displacement", fixed))
+        write("warped.nii.gz", warped)
+        for volume in also_apply:
+            write(f"warped_{_stem(volume.path)}.nii.gz", registration.warp(volume))
+        if moving_labels is not None:
+            warped_labels = registration.warp(moving_labels, labels=True)
+            write(f"warped_{_stem(moving_labels.path)}.nii.gz", warped_labels)
+            if fixed_labels is not None:
+                metrics["dice"] = _overlaps(registration, fixed_labels.array, moving_labels, warped_labels)
+        metrics |= _map_points(registration, folder, *points, fixed_points, moving_points)
+        itk.write_tfm(folder / "transform.tfm", registration.transforms)
+        itk.write_mat(folder / "spline.mat", registration.transforms[1])
+        volumes, numbers = _compare(registration)
+        metrics |= numbers
+        for job in jobs:
+            job.result()
+        mean, largest = registration.inverse_errors_mm
+        metrics["inverse_error_mm"] = {"mean": mean, "max": largest}
+        (folder / "report.html").write_text(page(registration, metrics, volumes))
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    return metrics
+
+
+@contextlib.contextmanager
+def filling(out: Path) -> Iterator[Path]:
+    """A folder to write to, whose files go to `out` at the end, `metrics.json` last.
+
+    On an error none of them does, and what was made on the way to `out` is removed again.
+
+    Raises:
+      InputError: it cannot be written to.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    temporary = out / f".{uuid.uuid4().hex}"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == "metrics.json"):
+            os.replace(path, out / path.name)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # where it is not empty
+                folder.rmdir()
+
+
+Points = dict[int, Float[np.ndarray, "3"]]
+
+
+def load_points(fixed: Volume, moving: Volume, fixed_path, moving_path) -> tuple[Points, Points]:
+    """Landmarks (RAS mm) of two images by their id; none where there is no path.
+
+    Raises:
+      InputError: as for `nifti.load_landmarks`; none of a file's points lies in its image; the files have no common id.
+    """
+    result = []
+    for path, volume in ((fixed_path, fixed), (moving_path, moving)):
+        points = nifti.load_landmarks(path) if path else {}
+        voxels = geometry.world_to_voxel(np.array(list(points.values())).reshape(-1, 3), volume.affine)
+        inside = ((voxels > -1) & (voxels < volume.array.shape)).all(axis=1)
+        if points and not inside.any():
+            raise InputError(
+                f"{path}: none of its points lies in {volume.path}; x, y, z are RAS mm, neither LPS mm nor voxels"
+            )
+        result.append(points)
+    if all(result) and not result[0].keys() & result[1].keys():
+        raise InputError(f"{fixed_path} and {moving_path} have no id in common")
+    return tuple(result)
+
+
+def write_points(path: Path, points: Points) -> None:
+    """Writes landmarks as CSV with the columns id, x, y, z (RAS mm), whole or not at all."""
+    lines = [f"{number},{x:.6f},{y:.6f},{z:.6f}" for number, (x, y, z) in points.items()]
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text("\n".join(["id,x,y,z", *lines]) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+@jax.jit
+def _jacobian(displacement):
+    determinant = jacobian_determinant(displacement[None])[0]
+    logarithm = jnp.log(jnp.maximum(determinant, 1e-9))
+    folded = 100 * jnp.mean(determinant <= 0)
+    return determinant, jnp.min(determinant), jnp.max(determinant), folded, jnp.std(logarithm)
+
+
+def _compare(registration: Registration) -> tuple[dict, dict]:
+    """Volumes to draw, on the working lattice, and numbers about the map and the likeness of the images."""
+    fixed, moving, matrix = registration.fixed_working, registration.moving_working, registration.matrix
+    u = registration.working_displacement
+    to_moving = np.linalg.inv(moving.affine)
+    volumes = {
+        name: pull(moving, displacement, to_moving @ matrix @ fixed.affine)
+        for name, displacement, matrix in (
+            ("before", np.zeros_like(u), np.eye(4)),
+            ("affine", np.zeros_like(u), matrix),
+            ("after", u, matrix),
+        )
+    }
+    correlation = {name: float(np.corrcoef(fixed.array.ravel(), v.ravel())[0, 1]) for name, v in volumes.items()}
+    determinant, *statistics = _jacobian(registration.displacement)
+    lowest, highest, folded, deviation = map(float, statistics)
+    certificate = registration.certificate
+    numbers = {
+        "correlation": {name: value if np.isfinite(value) else None for name, value in correlation.items()},
+        "affine": matrix.tolist(),
+        "affine_determinant": float(np.linalg.det(matrix[:3, :3])),
+        "stages": [
+            {
+                "grid_size": stage.grid_size,
+                "shape": stage.shape,
+                "steps": len(stage.similarity),
+                "similarity": stage.similarity,
+            }
+            for stage in registration.stages
+        ],
+        "folding_percent": folded,
+        "jacobian_determinant": {"min": lowest, "max": highest},
+        "sd_log_jacobian": deviation,
+        "certificate": {
+            "invertible": certificate.invertible,
+            "one_to_one": certificate.one_to_one,
+            "lower_bound": certificate.lower_bound,
+            "text": str(certificate),
+        },
+        "seconds": registration.seconds,
+    }
+    volumes |= {"fixed": fixed.array, "determinant": np.pad(np.asarray(determinant), 1, mode="edge")}
+    if registration.sigma_mm is not None:
+        volumes["sigma_mm"] = registration.sigma_mm
+    return volumes, numbers
+
+
+def _overlaps(
+    registration: Registration, fixed: Int32[np.ndarray, "X Y Z"], moving: Volume, warped: Int32[np.ndarray, "X Y Z"]
+) -> dict:
+    """Dice of every label of both images, and the mean over them, by the headers alone and for the map."""
+    unmoved = pull(
+        moving,
+        np.zeros((*fixed.shape, 3), np.float32),
+        np.linalg.inv(moving.affine) @ registration.fixed.affine,
+        labels=True,
+    )
+    ids = np.unique(np.concatenate([np.unique(fixed), np.unique(moving.array)]))
+
+    def count(labels):
+        return np.bincount(np.searchsorted(ids, labels[labels != 0]), minlength=len(ids))
+
+    result, size = {}, count(fixed)
+    for name, labels in (("before", unmoved), ("after", warped)):
+        counts = zip(ids, size + count(labels), count(fixed[fixed == labels]), strict=True)
+        dice = {int(i): float(2 * common / both) for i, both, common in counts if both}
+        result[name] = {"mean": float(np.mean(list(dice.values()))) if dice else None, "labels": dice}
+    return result
+
+
+def _map_points(
+    registration: Registration, folder: Path, fixed: Points, moving: Points, fixed_path, moving_path
+) -> dict:
+    """Writes the points where the map takes them, and measures how far apart those of one id are."""
+    mapped = {}
+    for points, path, maps, where in (
+        (fixed, fixed_path, registration.map_points, "moving"),
+        (moving, moving_path, registration.map_points_back, "fixed"),
+    ):
+        if points:
+            mapped[where] = dict(zip(points, maps(np.array(list(points.values()))), strict=True))
+            write_points(folder / f"{Path(path).stem}_in_{where}.csv", mapped[where])
+    if not (fixed and moving):
+        return {}
+    common = sorted(fixed.keys() & moving.keys())
+    before = [float(np.linalg.norm(fixed[i] - moving[i])) for i in common]
+    after = [float(np.linalg.norm(mapped["moving"][i] - moving[i])) for i in common]
+    return {"tre_mm": {"points": len(common), "before": float(np.mean(before)), "after": float(np.mean(after))}}

@@ -1,0 +1,59 @@
+"""What a run has trained, for those who use it."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from gridreg_jax.errors import InputError
+from gridreg_jax.measure import GridSize, candidates
+from gridreg_jax.training.checkpoint import Checkpoints
+from gridreg_jax.training.step import build_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained network.
+
+    Attributes:
+      model: the network.
+      params: its parameters, on one device.
+      config: of the run.
+      grid_size: control points an axis that validation chose; before the first validation, the coarsest of the config;
+        None for a model that predicts no control grid.
+    """
+
+    model: nn.Module
+    params: Any
+    config: dict
+    grid_size: GridSize
+
+
+def load_trained(workdir: str | Path, *, notify: Callable[[str], None]) -> Trained:
+    """The best checkpoint of a run that can be read.
+
+    Args:
+      workdir: of a run of `train.py`.
+      notify: told, in a line, of every damaged checkpoint that was passed over.
+
+    Raises:
+      InputError: no run is there, it has no checkpoint yet, or none can be read.
+    """
+    if not (Path(workdir) / "checkpoints").is_dir():
+        raise InputError(f"{workdir}: holds no run (no folder 'checkpoints'); give the workdir of a run of train.py")
+    with Checkpoints(workdir) as checkpoints:
+        best = checkpoints.best_step()
+        if best is None:
+            raise InputError(f"{workdir}: the run has no checkpoint yet")
+        order = [best] + [step for step in reversed(checkpoints.steps()) if step != best]
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        _, state, config, chosen = checkpoints.restore(
+            lambda config: build_run(config).state_shapes(device), order=order, notify=notify
+        )
+    grid_size = candidates(config["grid_sizes"])[0]
+    if chosen and chosen["grid_size"]:
+        grid_size = tuple(chosen["grid_size"])
+    return Trained(build_run(config).model, state.params, config, grid_size)

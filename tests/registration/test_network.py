@@ -1,0 +1,107 @@
+"""A network's proposal, from a network whose map is known."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from gridreg_jax import geometry
+from gridreg_jax.data.preprocess import Lattice, lattice_affine
+from gridreg_jax.errors import InputError
+from gridreg_jax.models.prediction import Prediction
+from gridreg_jax.registration import register as call
+from gridreg_jax.registration.network import propose
+from gridreg_jax.training import trained
+from gridreg_jax.training.trained import Trained
+from gridreg_jax.transforms.interpolation import interpolate
+from gridreg_jax.transforms.warp import identity_grid
+
+SHAPE, SPACING = (24, 28, 20), (4.0, 3.5, 5.0)
+# Of the network's displacement (voxels) from its voxels, a linear map.
+LINEAR = np.array([[0.02, 0.03, 0.0], [-0.04, 0.05, 0.01], [0.0, -0.02, 0.03]], np.float32)
+
+
+class Known(nn.Module):
+    """Predicts `LINEAR` times the distance from the middle, and half a voxel of uncertainty along x."""
+
+    bayesian: bool = False
+
+    @nn.compact
+    def __call__(self, fixed, moving, *, grid_size, train=False):
+        points = identity_grid(fixed.shape[1:4]) - (np.array(fixed.shape[1:4]) - 1) / 2
+        displacement = (points @ LINEAR.T)[None]
+        variance = jnp.zeros_like(displacement).at[..., 0].set(0.25) if self.bayesian else None
+        return Prediction(displacement, variance=variance)
+
+
+def known(**fields):
+    data = {"shape": SHAPE, "spacing": SPACING, "center": "mass"}
+    return Trained(Known(**fields), {}, {"data": data, "refinement": {"steps": 0}}, (4, 4, 4))
+
+
+@pytest.fixture(scope="module")
+def pair(phantom, lattice, turn):
+    """Oblique and mirrored images of one body; the moving one is far away."""
+    body = phantom(seed=4)
+    axes = turn(20, 2) @ np.eye(3)[:, [1, 0, 2]]
+    fixed = body.volume((30, 26, 34), lattice((30, 26, 34), (3.0, 3.2, 3.0), axes))
+    far = nib.affines.from_matvec(np.eye(3), [150.0, 20, -30])
+    other = lattice((28, 30, 30), (3.2, 3.0, 3.0), turn(-10, 0) @ np.diag([1.0, -1.0, 1.0]))
+    moving = body.volume((28, 30, 30), other)
+    return fixed, dataclasses.replace(moving, affine=far @ moving.affine)
+
+
+def expected(pair, points_mm):
+    """Where the network of this file takes points: through its two lattices."""
+    fixed, moving = (lattice_affine(volume, Lattice(SHAPE, SPACING)) for volume in pair)
+    voxels = geometry.world_to_voxel(points_mm, fixed)
+    return geometry.voxel_to_world(voxels + (voxels - (np.array(SHAPE) - 1) / 2) @ LINEAR.T, moving)
+
+
+def test_the_proposal_is_the_networks_map_in_world_space(pair):
+    proposal = propose(known(bayesian=True), *pair, pair[0])
+    voxels = np.random.default_rng(0).integers([8, 8, 10], [22, 18, 24], (100, 3))  # on the network's lattice too
+    points_mm = geometry.voxel_to_world(voxels + proposal.displacement[tuple(voxels.T)], pair[0].affine)
+    found = geometry.voxel_to_world(points_mm, proposal.matrix)
+    np.testing.assert_allclose(found, expected(pair, geometry.voxel_to_world(voxels, pair[0].affine)), atol=1e-3)
+    np.testing.assert_allclose(proposal.sigma_mm, 0.5 * SPACING[0], rtol=1e-5)
+
+
+def test_registration_begins_with_the_network(pair, monkeypatch):
+    monkeypatch.setattr(trained, "load_trained", lambda workdir, notify: known())
+    found = call(*pair, model="run", grid=6)
+    points_mm = np.random.default_rng(1).uniform(-20, 20, (50, 3))
+    np.testing.assert_allclose(found.map_points(points_mm), expected(pair, points_mm), atol=0.1)
+    assert [stage.similarity for stage in found.stages] == [()]
+    refined = call(*pair, model="run", grid=6, refine=15)
+    (stage,) = refined.stages
+    assert len(stage.similarity) == 15 and stage.similarity[-1] < stage.similarity[0]
+    # The two images are one: refinement comes closer to the shift between them than the network's map.
+    true = points_mm + [150.0, 20, -30]
+    errors = [np.linalg.norm(each.map_points(points_mm) - true, axis=1).mean() for each in (found, refined)]
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"refine": 5}, "refine, 5, .* needs a model"),
+        ({"refine": -1, "model": "run"}, "number of steps from 0"),
+        ({"affine": "rigid", "model": "run"}, "brings its own alignment"),
+        ({"model": "nowhere"}, "nowhere: holds no run"),
+    ],
+)
+def test_options_that_contradict_each_other(pair, options, message):
+    with pytest.raises(InputError, match=message):
+        call(*pair, **options)
+
+
+def test_a_spline_through_a_displacement():
+    from gridreg_jax.registration.deformable import _fitted
+
+    control_grid = np.random.default_rng(2).normal(size=(5, 6, 4, 3)).astype(np.float32)
+    dense = np.asarray(interpolate(jnp.asarray(control_grid[None]), (12, 9, 15), method="bspline")[0])
+    np.testing.assert_allclose(_fitted(dense, (5, 6, 4)), control_grid, atol=1e-4)
