@@ -7,6 +7,7 @@ from typing import Literal
 
 from gridreg_jax.data import nifti
 from gridreg_jax.data.pipeline import open_dataset, open_pairs
+from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation import plots, tables
 from gridreg_jax.files import replacing
 from gridreg_jax.losses import SIMILARITIES
