@@ -49,9 +49,7 @@ def make_predict(model: nn.Module, *, refinement: dict | None = None) -> Callabl
             images, interpolator = (batch["fixed"], batch["moving"]), model.interpolator
             control_grid = refine(prediction.control_grid, *images, interpolator=interpolator, **refinement)
             displacement = interpolate(control_grid, batch["fixed"].shape[1:4], method=interpolator)
-        result = {"displacement": displacement, "warped": warp(batch["moving"], displacement)}
-        if "moving_labels" in batch:
-            result["warped_labels"] = warp_labels(batch["moving_labels"], displacement)
+        result = _applied(batch, displacement)
         if prediction.variance is not None:
             result["variance"] = prediction.variance
         return result
@@ -91,15 +89,42 @@ def measure(
         start = time.perf_counter()
         result = jax.block_until_ready(predict(params, on_device, size))
         seconds = time.perf_counter() - start
-        arrays = {name: np.asarray(array[0]) for name, array in {**batch, **result}.items()}
-        if "variance" in arrays:
-            squared = arrays.pop("variance") * np.square(dataset.lattice.spacing, dtype=np.float32)
-            arrays["sigma_mm"] = np.sqrt(squared.sum(-1))
-        row = {side: dataset.sources[index].name for side, index in zip(("fixed", "moving"), pair, strict=True)}
-        if callable(grid_size):
-            row["grid_size"] = "x".join(map(str, size))
-        row |= _measurements(arrays, dataset, pair, thorough)
-        yield row | {"seconds": seconds}, arrays
+        said = {"grid_size": "x".join(map(str, size))} if callable(grid_size) else {}
+        yield _case(batch | result, dataset, pair, said, seconds, thorough)
+
+
+def measure_function(
+    register: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float]],
+    dataset: Dataset,
+    pairs: Iterable[tuple[int, int]],
+) -> Iterable[tuple[dict, dict[str, np.ndarray]]]:
+    """As `measure`, thorough, of a function that takes two images `[X, Y, Z]` (fixed, moving) to a displacement
+    `[X, Y, Z, 3]` and the seconds that it took."""
+    for pair in pairs:
+        batch = dataset.arrays([pair])
+        displacement, seconds = register(batch["fixed"][0, ..., 0], batch["moving"][0, ..., 0])
+        yield _case(batch | _applied(batch, displacement[None]), dataset, pair, {}, seconds, thorough=True)
+
+
+@jax.jit
+def _applied(batch: dict[str, jax.Array], displacement: jax.Array) -> dict[str, jax.Array]:
+    result = {"displacement": displacement, "warped": warp(batch["moving"], displacement)}
+    if "moving_labels" in batch:
+        result["warped_labels"] = warp_labels(batch["moving_labels"], displacement)
+    return result
+
+
+def _case(
+    batch: dict, dataset: Dataset, pair: tuple[int, int], said: dict, seconds: float, thorough: bool
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Row and arrays of a pair, from the arrays of a batch of one; `said` of the prediction is put into the row."""
+    arrays = {name: np.asarray(array[0]) for name, array in batch.items()}
+    if "variance" in arrays:
+        squared = arrays.pop("variance") * np.square(dataset.lattice.spacing, dtype=np.float32)
+        arrays["sigma_mm"] = np.sqrt(squared.sum(-1))
+    row = {side: dataset.sources[index].name for side, index in zip(("fixed", "moving"), pair, strict=True)}
+    row |= said | _measurements(arrays, dataset, pair, thorough)
+    return row | {"seconds": seconds}, arrays
 
 
 def coarsest_sufficient(

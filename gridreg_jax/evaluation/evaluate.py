@@ -1,17 +1,31 @@
-"""Evaluate a trained run: tables, summary and pictures."""
+"""Evaluate a trained run, or a system that needs no training: tables, summary and pictures."""
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from ml_collections import ConfigDict
+
+from gridreg_jax.baselines import SYSTEMS
+from gridreg_jax.baselines.program import Program, threads
 from gridreg_jax.data import nifti
-from gridreg_jax.data.pipeline import open_dataset, open_pairs
+from gridreg_jax.data.pipeline import Dataset, open_dataset, open_pairs
+from gridreg_jax.data.preprocess import default_cache_dir
 from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation import plots, tables
 from gridreg_jax.files import replacing
 from gridreg_jax.losses import SIMILARITIES
-from gridreg_jax.measure import coarsest_sufficient, make_predict, measure, summarise
+from gridreg_jax.measure import (
+    GridSize,
+    coarsest_sufficient,
+    make_predict,
+    measure,
+    measure_function,
+    summarise,
+)
 from gridreg_jax.models import has_control_grid
 from gridreg_jax.training.trained import load_trained
 from gridreg_jax.training.writers import read_metrics
@@ -58,17 +72,9 @@ def evaluate(
         for option, value in (("grid_size", grid_size), ("refine", refine)):
             if value:
                 raise InputError(f"--{option}: the run's model, {config['model']['name']}, predicts no control grid")
-    data = config["data"]
-    if pairs:
-        settings = {name: data[name] for name in ("shape", "spacing", "center", "labels", "cache_dir")}
-        dataset = open_pairs(pairs, **settings, notify=notify)
-    else:
-        dataset = open_dataset(**data, seed=config["seed"], notify=notify)
+    dataset = _open(config, pairs, notify)
     if grid_size is None:
         grid_size = trained.grid_size
-    out.mkdir(parents=True, exist_ok=True)
-
-    rows = []
     refinement = config["refinement"] | ({} if refine is None else {"steps": refine})
     predict = make_predict(model, refinement=refinement if refinement["steps"] else None)
     choice = grid_size
@@ -76,6 +82,72 @@ def evaluate(
         similarity = SIMILARITIES[config["loss"]["similarity"]]
         choice = coarsest_sufficient(predict, trained.params, config["grid_sizes"], similarity)
     measured = measure(predict, trained.params, dataset, dataset.pairs["test"], choice, thorough=True)
+    about = {"refinement_steps": refinement["steps"]}
+    summary = _write(out, measured, dataset, grid_size, about, pictures, notify)
+    lines = read_metrics(workdir)
+    if lines:
+        plots.loss_curves(out / "loss.png", lines)
+    return summary
+
+
+def evaluate_system(
+    system: str,
+    config: ConfigDict,
+    *,
+    out: str | Path,
+    pairs: str = "",
+    pictures: int = 3,
+    notify: Callable[[str], None] = print,
+) -> dict:
+    """Evaluate a system that needs no training as `evaluate` does a run, on the same lattice and the same pairs.
+
+    Args:
+      system: a name in `baselines.SYSTEMS`.
+      config: of which data and seed count.
+      out: folder for the results.
+      pairs, pictures, notify: see `evaluate`.
+
+    Returns:
+      The summary; its `threads` are those that the system was given.
+
+    Raises:
+      InputError: there is no such system, what it needs is not installed, or the data are not as they should be.
+    """
+    if system not in SYSTEMS:
+        raise InputError(f"--system={system}: there is no such system; there are {', '.join(SYSTEMS)}")
+    if isinstance(SYSTEMS[system], Program):
+        SYSTEMS[system].version()  # is it installed?
+    config = config.to_dict()
+    dataset = _open(config, pairs, notify)
+    # The lattice of every image has a world of its own; what is common to them is its spacing.
+    affine = np.diag([*dataset.lattice.spacing, 1.0])
+    cache_dir = Path(config["data"]["cache_dir"] or default_cache_dir())
+    register = functools.partial(SYSTEMS[system], affine=affine, seed=config["seed"], cache_dir=cache_dir)
+    measured = measure_function(register, dataset, dataset.pairs["test"])
+    return _write(Path(out), measured, dataset, None, {"system": system, "threads": threads()}, pictures, notify)
+
+
+def _open(config: dict, pairs: str, notify: Callable[[str], None]) -> Dataset:
+    """A list of pairs, or else a config's own data."""
+    data = config["data"]
+    if pairs:
+        settings = {name: data[name] for name in ("shape", "spacing", "center", "labels", "cache_dir")}
+        return open_pairs(pairs, **settings, notify=notify)
+    return open_dataset(**data, seed=config["seed"], notify=notify)
+
+
+def _write(
+    out: Path,
+    measured: Iterable[tuple[dict, dict[str, np.ndarray]]],
+    dataset: Dataset,
+    grid_size: GridSize | Literal["auto"],
+    about: dict,
+    pictures: int,
+    notify: Callable[[str], None],
+) -> dict:
+    """Tables and pictures of measured test pairs, and the summary with what else is to be said (`about`)."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
     for number, (row, arrays) in enumerate(measured):
         rows.append(row)
         if number < pictures:
@@ -87,12 +159,9 @@ def evaluate(
                 fixed = dataset.pairs["test"][number][0]
                 nifti.save(out / f"sigma{number:02d}.nii.gz", arrays["sigma_mm"], dataset.sources[fixed].load().affine)
     tables.write_cases(out / "cases.csv", rows)
-    summary = summarise(rows, grid_size) | {"refinement_steps": refinement["steps"]}
+    summary = summarise(rows, grid_size) | about
     with replacing(out / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1) + "\n")
-    lines = read_metrics(workdir)
-    if lines:
-        plots.loss_curves(out / "loss.png", lines)
     notify(tables.format_summary(summary))
-    notify(f"written to {out}: cases.csv, summary.json, {min(pictures, len(rows))} case pictures, loss.png")
+    notify(f"written to {out}: cases.csv, summary.json, {min(pictures, len(rows))} case pictures")
     return summary

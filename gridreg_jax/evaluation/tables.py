@@ -25,8 +25,9 @@ def format_summary(summary: dict) -> str:
         )
     steps = summary.get("refinement_steps")
     refined = f", {steps} steps of instance optimisation" if steps else ""
+    system = f", {summary['system']} with {summary['threads']} threads" if "system" in summary else ""
     lines = [
-        f"{summary['cases']} cases{grid_size or ''}{refined}",
+        f"{summary['cases']} cases{grid_size or ''}{refined}{system}",
         f"{'':22}{'before':>10}{'after':>10}{'sd':>10}",
     ]
     for name in (*SUMMARISED, *OF_THE_MAP):

@@ -1,0 +1,16 @@
+"""Systems that need no training set: NCF, and registration programs of others.
+
+Each is a function `(fixed, moving, affine, *, seed, cache_dir) -> (displacement, seconds)` of two images `[X, Y, Z]` on
+one lattice, whose affine goes from voxels to RAS mm; the displacement `[X, Y, Z, 3]` is in voxels and pulls back. The
+seconds are those of the registration, with as many threads as `threads()` says.
+"""
+
+from gridreg_jax.baselines import ants
+from gridreg_jax.baselines.network import fit_ncf
+from gridreg_jax.baselines.program import Program
+
+SYSTEMS = {
+    "ncf": fit_ncf,
+    "ants_syn": Program(ants.register, "SyN", package="antspyx", extra="ants"),
+    "ants_syncc": Program(ants.register, "SyNCC", package="antspyx", extra="ants"),
+}
