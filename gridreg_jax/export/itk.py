@@ -16,7 +16,6 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Num
 from scipy import ndimage
@@ -145,7 +144,8 @@ def displacement(
         voxels = voxels + [first, 0.0, 0.0]
         points, rest = geometry.voxel_to_world(voxels, affine), list(transforms)
         if _kind(transforms[-1]) in ORDERS:
-            shift = affine @ nib.affines.from_matvec(np.eye(3), [first, 0, 0])
+            shift = affine.copy()
+            shift[:3, 3] += first * affine[:3, 0]
             if (moved := _on_lattice(transforms[-1], slab.shape[:3], shift)) is not None:
                 points, rest = points + moved.reshape(-1, 3) * FLIP, rest[:-1]
         slab[:] = (geometry.world_to_voxel(apply(rest, points), affine) - voxels).reshape(slab.shape)
