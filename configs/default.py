@@ -134,6 +134,9 @@ def use_model(config: ConfigDict, name: str) -> ConfigDict:
     model = MODELS[name]
     config.name = f"{config.name}_{name}"
     config.model = ConfigDict(model["fields"])
+    if config.model.name == "transmorph":
+        # The authors' rule: a window as large as the coarsest grid, a 32nd of the image.
+        config.model.window = tuple(-(-size // 32) for size in config.data.shape)
     config.optimizer.update(model["optimizer"])
     config.loss.update(grid=0.0, bending=0.0, **model["loss"][config.loss.similarity])
     config.refinement.steps = 0

@@ -41,7 +41,28 @@ _LIGHTCRCF = dict(
     shared=False,  # one network for all stages
     fused=False,
 )
+_TRANSMORPH = dict(
+    name="transmorph",
+    embed=96,
+    depths=(2, 2, 4, 2),
+    heads=(4, 4, 8, 8),
+    window=(5, 6, 7),  # for 160 x 192 x 224 voxels; `default.use_model` sets that of other images
+    transformer_skips=True,
+    convolution_skips=True,
+    output="displacement",  # "bspline", "diffeomorphic"
+    spacing=3,  # voxels between the control points of "bspline"
+    scaled=True,  # False: "diffeomorphic" as in the authors' code
+    drop_path=0.3,
+    dropout=0.0,
+    passes=0,  # predictions with dropout that are averaged
+)
 _ADAM = dict(name="adam", learning_rate=1e-4, decay=False, clip=0.0)
+_AMSGRAD = dict(name="amsgrad", learning_rate=1e-4, decay=True, power=0.9, clip=0.0)
+
+
+def _transmorph(**changes) -> dict:
+    return dict(fields=_TRANSMORPH | changes, optimizer=_AMSGRAD, loss=_gradient(mse=0.02, lncc=1.0))
+
 
 MODELS = {
     # 0.01 and 1, which the authors' code doubles for a velocity at half resolution.
@@ -59,6 +80,15 @@ MODELS = {
     "voxelmorph_probabilistic": dict(
         fields=_VOXELMORPH | dict(probabilistic=True), optimizer=_ADAM, loss=_kl(image_sigma=0.02)
     ),
+    "transmorph": _transmorph(),
+    "transmorph_tiny": _transmorph(embed=6, heads=(2, 2, 4, 4)),
+    "transmorph_small": _transmorph(embed=48, heads=(4, 4, 4, 4)),
+    "transmorph_large": _transmorph(embed=128, depths=(2, 2, 12, 2), heads=(4, 4, 8, 16)),
+    "transmorph_noskip": _transmorph(transformer_skips=False, convolution_skips=False),
+    "transmorph_bayes": _transmorph(dropout=0.15, passes=10),
+    "transmorph_bspline": _transmorph(output="bspline"),
+    "transmorph_diff": _transmorph(output="diffeomorphic")
+    | dict(optimizer=_ADAM | dict(name="adamax"), loss=_kl(image_sigma=0.01)),
     "keymorph": dict(fields=_KEYMORPH, optimizer=_ADAM, loss=_gradient(mse=0.0, lncc=0.0)),
     "lightcrcf": dict(fields=_LIGHTCRCF, optimizer=_ADAM, loss=_gradient(mse=0.01, lncc=1.0)),
 }

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from configs import default
+from configs.models import MODELS
 from gridreg_jax.errors import InputError
+from gridreg_jax.models import build, describe
 from gridreg_jax.training.loop import check_config
 from gridreg_jax.training.step import build_run, replicated
 
@@ -20,6 +22,10 @@ VARIANTS = [
     ("prostate", "cpu"),
     ("pelvis", "paper"),
     ("pelvis", "cpu"),
+    ("brain", "paper,voxelmorph"),
+    ("hippocampus", "voxelmorph_probabilistic,cpu"),
+    ("prostate", "transmorph_tiny"),
+    ("pelvis", "cpu,voxelmorph_1"),
 ]
 
 
@@ -28,14 +34,16 @@ def get_config(name, *variant):
 
 
 def options(config):
-    return {name: sorted(value) if hasattr(value, "keys") else None for name, value in config.items()}
+    """What can be set, the fields of the model aside."""
+    return {n: sorted(value) if hasattr(value, "keys") else None for n, value in config.items() if n != "model"}
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_a_variant_builds_and_has_every_option(name, variant):
     config = get_config(name, variant)
     assert options(config) == options(default.get_config())
-    assert config.name == name
+    model = next((part for part in variant.split(",") if part in MODELS), "")
+    assert config.name == (f"{name}_{model}" if model else name)
     config = config.to_dict()
     try:
         check_config(config)
@@ -46,7 +54,7 @@ def test_a_variant_builds_and_has_every_option(name, variant):
     params = run.state_shapes(replicated()).params
 
     def predict(params, fixed, moving):
-        return run.model.apply(params, fixed, moving, grid_size=(10, 10, 10)).displacement
+        return run.model.apply(params, fixed, moving, grid_size=run.grid_size).displacement
 
     assert jax.eval_shape(predict, params, image, image).shape == (1, *run.shape, 3)
 
@@ -72,3 +80,25 @@ def test_the_weight_of_the_bending_energy_is_converted_to_voxels():
 def test_an_unknown_variant_is_named(name):
     with pytest.raises(ValueError, match=f"configs/{name}.py:big: there is no such variant; there are .*cpu"):
         get_config(name, "big")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_another_system_is_described_in_full(name):
+    fields = get_config("brain", name).model.to_dict()
+    assert describe(build(**fields)) == fields
+
+
+def test_the_windows_of_transmorph_suit_the_image():
+    assert get_config("brain", "paper,transmorph").model.window == (5, 7, 6)
+    assert get_config("hippocampus", "transmorph").model.window == (2, 2, 2)
+
+
+def test_another_system_comes_with_its_authors_optimiser_and_weights_and_leaves_the_rest():
+    plain, other = get_config("hippocampus", "cpu"), get_config("hippocampus", "cpu,voxelmorph_1")
+    assert (other.grid_sizes, other.refinement.steps) == ((), 0)
+    assert (other.optimizer.name, other.optimizer.learning_rate, other.optimizer.decay) == ("adam", 1e-4, False)
+    assert (other.loss.gradient, other.loss.bending, other.loss.grid) == (0.01, 0, 0)
+    assert get_config("brain", "voxelmorph_1").loss.gradient == 1.0  # with local correlation
+    for name in ("data", "augmentation", "steps", "batch_size"):
+        assert plain[name] == other[name]
+    assert (plain.loss.similarity, plain.loss.dice) == (other.loss.similarity, other.loss.dice)

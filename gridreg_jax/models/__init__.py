@@ -10,6 +10,7 @@ from gridreg_jax.models.keymorph import KeyMorph
 from gridreg_jax.models.lightcrcf import LightCRCF
 from gridreg_jax.models.pointwise import PointwiseGridReg
 from gridreg_jax.models.prediction import Prediction
+from gridreg_jax.models.transmorph import TransMorph
 from gridreg_jax.models.voxelmorph import VoxelMorph
 
 MODELS = {
@@ -17,6 +18,7 @@ MODELS = {
     "gridreg_pointwise": PointwiseGridReg,
     "keymorph": KeyMorph,
     "lightcrcf": LightCRCF,
+    "transmorph": TransMorph,
     "voxelmorph": VoxelMorph,
 }
 
