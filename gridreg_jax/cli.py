@@ -87,14 +87,15 @@ def _register(options: argparse.Namespace) -> None:
     start = time.monotonic()
     if options.fixed_labels and not options.moving_labels:
         raise InputError("--fixed-labels are for the Dice overlap and need --moving-labels")
+
+    def load(which):
+        image, path = nifti.load_image(getattr(options, which), placed=True), getattr(options, f"{which}_labels")
+        return image, nifti.load_labels(path, like=image) if path else None
+
     with ThreadPoolExecutor(2) as pool:
-        fixed, moving = pool.map(lambda path: nifti.load_image(path, placed=True), (options.fixed, options.moving))
+        (fixed, fixed_labels), (moving, moving_labels) = pool.map(load, ("fixed", "moving"))
+        also_apply = list(pool.map(nifti.load_image, options.also_apply))
     load_points(fixed, moving, options.fixed_points, options.moving_points)
-    labels = {}
-    for name, like in (("fixed_labels", fixed), ("moving_labels", moving)):
-        if path := getattr(options, name):
-            labels[name] = nifti.load_labels(path, like=like)
-    also_apply = [nifti.load_image(path) for path in options.also_apply]
     with filling(Path(options.out)):
         pass  # Where nothing can be written, that is said before the long part.
 
@@ -120,7 +121,8 @@ def _register(options: argparse.Namespace) -> None:
     metrics = save(
         registration,
         options.out,
-        **labels,
+        fixed_labels=fixed_labels,
+        moving_labels=moving_labels,
         fixed_points=options.fixed_points,
         moving_points=options.moving_points,
         also_apply=also_apply,

@@ -115,7 +115,7 @@ def check_overlap(fixed: Volume, moving: Volume, matrix: Float[np.ndarray, "4 4"
 
 @functools.partial(jax.jit, static_argnames=("steps", "similarity"))
 def _search(fixed, moving, weight, to_points, to_voxels, starts, possible, learning_rate, *, steps, similarity):
-    """The loss of each start after its steps, and its parameters then.
+    """The loss of each start before its last step, which is a tiny one, and its parameters after it.
 
     Args:
       weight: of the fixed voxels.
@@ -137,8 +137,8 @@ def _search(fixed, moving, weight, to_points, to_voxels, starts, possible, learn
         return value, value
 
     def one(start):
-        found, _ = descend(loss, start, steps=steps, learning_rate=learning_rate)
-        return loss(found)[0], found
+        found, history = descend(loss, start, steps=steps, learning_rate=learning_rate)
+        return history[-1], found
 
     return jax.vmap(one)(starts)
 
