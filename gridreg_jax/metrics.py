@@ -13,7 +13,7 @@ from typing import SupportsFloat, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float, Num, Shaped
-from scipy import ndimage, spatial
+from scipy import ndimage
 
 Labels = Num[np.ndarray, "X Y Z"]
 Mask = Shaped[np.ndarray, "X Y Z"]
@@ -241,6 +241,8 @@ def _hd95(fixed: np.ndarray, warped: np.ndarray, spacing: np.ndarray) -> float:
     """Of two masks: the larger of the two directed, area-weighted 95th percentiles of the surface distance."""
     if not fixed.any() or not warped.any():
         return np.inf if fixed.any() or warped.any() else np.nan
+    from scipy import spatial  # heavy, and few need it
+
     box = ndimage.find_objects((fixed | warped).astype(np.uint8))[0]
     area_of = np.linalg.norm(_surfels() * (np.prod(spacing) / spacing), axis=-1).sum(axis=-1)
     codes = [_cell_codes(mask[box]) for mask in (fixed, warped)]

@@ -6,7 +6,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import grain
 import numpy as np
 
 from gridreg_jax import geometry
@@ -183,6 +182,8 @@ def batches(
       batch_size: pairs in a whole batch.
       part: (i, n): the i-th of n equal parts of every batch, in order.
     """
+    import grain  # heavy, and only training needs it
+
     size = batch_size // part[1]
     mine = slice(part[0] * size, (part[0] + 1) * size)
 
