@@ -11,7 +11,7 @@ from gridreg_jax.errors import InputError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run of train.py.")
 SYSTEM = flags.DEFINE_string(
-    "system", None, "Instead of a run, a system that needs no training: ncf, ants_syn, ants_syncc."
+    "system", None, "Instead of a run, a system that needs no training: ncf, ants_syn, ants_syncc, greedy."
 )
 CONFIG = config_flags.DEFINE_config_file("config", None, "With --system: the config of the data.", lock_config=True)
 PAIRS = flags.DEFINE_string("pairs", "", "List of pairs (CSV); by default the test pairs of the run or the config.")

@@ -5,7 +5,7 @@ one lattice, whose affine goes from voxels to RAS mm; the displacement `[X, Y, Z
 seconds are those of the registration, with as many threads as `threads()` says.
 """
 
-from gridreg_jax.baselines import ants
+from gridreg_jax.baselines import ants, greedy
 from gridreg_jax.baselines.network import fit_ncf
 from gridreg_jax.baselines.program import Program
 
@@ -13,4 +13,5 @@ SYSTEMS = {
     "ncf": fit_ncf,
     "ants_syn": Program(ants.register, "SyN", package="antspyx", extra="ants"),
     "ants_syncc": Program(ants.register, "SyNCC", package="antspyx", extra="ants"),
+    "greedy": Program(greedy.register, "-m NCC 2x2x2 -n 100x50x10", package="picsl-greedy", extra="greedy"),
 }

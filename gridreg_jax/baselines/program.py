@@ -59,7 +59,7 @@ class Program:
     ) -> tuple[Float32[np.ndarray, "X Y Z 3"], float]:
         """Displacement and seconds; both from `cache_dir` if the same registration has been done before.
 
-        Nothing here is drawn at random, so `seed` has no effect.
+        The programs do not take `seed`: what is kept is what they found the first time.
 
         Raises:
           InputError: the package is not installed.

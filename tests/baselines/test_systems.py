@@ -110,7 +110,7 @@ def test_a_program_that_is_not_installed_is_named_with_its_extra(tmp_path):
     assert not calls
 
 
-@pytest.mark.parametrize(("module", "name"), [("ants", "ants_syn")])
+@pytest.mark.parametrize(("module", "name"), [("ants", "ants_syn"), ("picsl_greedy", "greedy")])
 def test_a_program_finds_a_known_displacement_on_an_oblique_lattice(tmp_path, module, name):
     pytest.importorskip(module)
     true = np.array([1.5, -1.0, 2.0])
