@@ -22,7 +22,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config = hippocampus.get_config(argument)
     config.name = "compare"
     config.refinement.steps = 0
-    config.systems = ("gridreg", *MODELS)
+    config.systems = ("gridreg", *(name for name in MODELS if name != "keymorph_pretrain"))
     return config
 
 

@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
     config.loss.uncertainty = 0.1  # uncertainty-weighted similarity, which teaches a Bayesian head its variance
     config.loss.penalty = 1.0  # of that variance (the paper's lambda_0)
     config.loss.samples = 2  # maps drawn from a Bayesian head's posterior
+    config.loss.keypoints = 0.0  # of predicted keypoints' distance from known ones: a pre-training, on one subject
 
     config.augmentation = ConfigDict()  # see `gridreg_jax.augment`
     config.augmentation.flip = 0.0
@@ -62,6 +63,7 @@ def get_config() -> ConfigDict:
     config.augmentation.elastic = 0.0
     config.augmentation.contrast = 0.0
     config.augmentation.noise = 0.0
+    config.augmentation.ramp = 0  # steps over which the spatial ones grow to their size
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"
@@ -77,6 +79,7 @@ def get_config() -> ConfigDict:
 
     config.grid_sizes = (5, 8, 10, 15)  # control points an axis; () for a model that predicts no control grid
     config.batch_size = 1
+    config.start = ""  # workdir of a run, with whose parameters this one begins
     config.steps = 360
     config.val_every = 360
     config.checkpoint_every = 100
@@ -127,7 +130,7 @@ def use_model(config: ConfigDict, name: str) -> ConfigDict:
     """Let another system (a name in `MODELS`; "": none) take the place of GridReg, in a config that is otherwise set.
 
     With it come its authors' optimiser and weights of smoothness; data, similarity, overlap, augmentation and the
-    length of the training stay, so that systems are compared on the same terms.
+    length of the training stay, so that systems are compared on the same terms. (A pre-training has its own.)
     """
     if not name:
         return config
@@ -139,6 +142,7 @@ def use_model(config: ConfigDict, name: str) -> ConfigDict:
         config.model.window = tuple(-(-size // 32) for size in config.data.shape)
     config.optimizer.update(model["optimizer"])
     config.loss.update(grid=0.0, bending=0.0, **model["loss"][config.loss.similarity])
+    config.augmentation.update(model.get("augmentation", {}))
     config.refinement.steps = 0
     config.grid_sizes = ()
     return config

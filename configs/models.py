@@ -90,5 +90,12 @@ MODELS = {
     "transmorph_diff": _transmorph(output="diffeomorphic")
     | dict(optimizer=_ADAM | dict(name="adamax"), loss=_kl(image_sigma=0.01)),
     "keymorph": dict(fields=_KEYMORPH, optimizer=_ADAM, loss=_gradient(mse=0.0, lncc=0.0)),
+    # Its pre-training, on one subject: the next run begins with --config.start=<workdir of this one>.
+    "keymorph_pretrain": dict(
+        fields=_KEYMORPH,
+        optimizer=_ADAM,
+        loss=dict.fromkeys(("mse", "lncc"), dict(image=0.0, dice=0.0, keypoints=1.0)),
+        augmentation=dict(flip=0.0, affine=0.15, shift=6.0, elastic=0.0, ramp=1000),
+    ),
     "lightcrcf": dict(fields=_LIGHTCRCF, optimizer=_ADAM, loss=_gradient(mse=0.01, lncc=1.0)),
 }

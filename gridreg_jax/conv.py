@@ -12,6 +12,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+VECTOR = 8
+
 
 def conv3d(
     x: Float[Array, "N X Y Z C"], kernel: Float[Array, "k k k C D"], *, stride: int = 1
@@ -42,7 +44,7 @@ def _native(x, kernel, stride):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _slices(x, kernel, stride):
-    """For each slice across axis 0, a two-dimensional convolution of the slices around it, side by side.
+    """For each slice across axis 0, two-dimensional convolutions of the slices around it.
 
     What one slice needs stays in the cache, and memory does not grow with the kernel.
     """
@@ -50,26 +52,44 @@ def _slices(x, kernel, stride):
 
 
 def _by_slices(x, kernel, stride: int, padding: int):
-    near, count = _near_slices(x, kernel.shape[0], stride, padding)
-    flat = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
+    size, channels = kernel.shape[0], x.shape[-1]
 
-    def one(index):
+    def convolve(slices, kernel):
         return jax.lax.conv_general_dilated(
-            near(index), flat, (stride,) * 2, [(padding,) * 2] * 2, dimension_numbers=("NYZC", "YZIO", "NYZC")
+            slices, kernel, (stride,) * 2, [(padding,) * 2] * 2, dimension_numbers=("NYZC", "YZIO", "NYZC")
         )
+
+    # XLA gathers what a kernel sees three times as fast if the channels come in eights.
+    near, count = _near_slices(x, size, stride, padding)
+    if channels % VECTOR == 0:
+
+        def one(index):
+            parts = jnp.split(near(index), size, axis=1)
+            return sum(convolve(part[:, 0], kernel[i]) for i, part in enumerate(parts))
+    else:
+        spare = -size * channels % VECTOR
+        flat = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
+        flat = jnp.pad(flat, [(0, 0), (0, 0), (0, spare), (0, 0)])
+
+        def one(index):
+            return convolve(jnp.pad(_side_by_side(near(index)), [(0, 0)] * 3 + [(0, spare)]), flat)
 
     return jnp.moveaxis(jax.lax.map(one, jnp.arange(count)), 0, 1)
 
 
 def _near_slices(x, size: int, stride: int, padding: int):
-    """From an index along axis 0 to the `size` slices that it sees, side by side `[N, Y, Z, size C]`; and how many."""
+    """From an index along axis 0 to the `size` slices that it sees `[N, size, Y, Z, C]`; and how many there are."""
     padded = jnp.pad(x, [(0, 0), (padding, padding)] + [(0, 0)] * 3)
 
     def near(index):
-        slices = jax.lax.dynamic_slice_in_dim(padded, stride * index, size, axis=1)
-        return jnp.moveaxis(slices, 1, 3).reshape(len(x), *x.shape[2:4], -1)
+        return jax.lax.dynamic_slice_in_dim(padded, stride * index, size, axis=1)
 
     return near, (padded.shape[1] - size) // stride + 1
+
+
+def _side_by_side(slices):
+    """`[N, k, Y, Z, C]` to `[N, Y, Z, k C]`."""
+    return jnp.moveaxis(slices, 1, 3).reshape(len(slices), *slices.shape[2:4], -1)
 
 
 def _slices_forward(x, kernel, stride):
@@ -92,7 +112,7 @@ def _gradient_of_kernel(x, gradient, size: int, stride: int):
     shape = gradient.shape[2:4]
 
     def add(total, index):
-        around = jnp.pad(near(index), [(0, 0), *[(padding, padding)] * 2, (0, 0)])
+        around = jnp.pad(_side_by_side(near(index)), [(0, 0), *[(padding, padding)] * 2, (0, 0)])
         slopes = jax.lax.dynamic_index_in_dim(gradient, index, axis=1, keepdims=False)
         seen = [
             around[:, j : j + stride * (shape[0] - 1) + 1 : stride, k : k + stride * (shape[1] - 1) + 1 : stride]

@@ -109,3 +109,39 @@ def test_images_alone_are_enough():
     changed = compiled(**STRONG)(images, keys())
     assert changed.keys() == images.keys()
     np.testing.assert_array_equal(changed["moving"], compiled(**STRONG)(batch(), keys())["moving"])
+
+
+def test_points_are_where_the_changed_images_have_them():
+    shape, places = (16, 14, 18), np.array([[5, 6, 9], [10, 8, 7]])
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    one = sum(np.exp(-((grid - place) ** 2).sum(-1) / 3) * height for place, height in zip(places, (1, 2), strict=True))
+    volume = jnp.asarray(one[None, ..., None], jnp.float32)
+    pairs = {"fixed": volume, "moving": volume, "points": jnp.asarray(places[None], jnp.float32)}
+    for flip in (0.0, 1.0):
+        changed = compiled(flip=flip, affine=0.1, shift=1.0)(pairs, keys()[:1])
+        for name in ("fixed", "moving"):
+            image, points = np.asarray(changed[name][0, ..., 0]), np.asarray(changed[f"{name}_points"][0])
+            for point, height in zip(points, (1, 2), strict=True):
+                weight = np.exp(-((grid - point) ** 2).sum(-1) / 4) * image
+                np.testing.assert_allclose(np.average(grid.reshape(-1, 3), 0, weight.ravel()), point, atol=0.15)
+                assert image[tuple(np.rint(point).astype(int))] > 0.6 * height
+        assert np.abs(changed["fixed_points"] - changed["moving_points"]).max() > 0.3
+    still = compiled()(pairs, keys()[:1])
+    np.testing.assert_allclose(still["moving_points"], pairs["points"], atol=1e-5)
+
+
+def test_growth_is_of_the_spatial_strengths():
+    whole, half = (
+        compiled(**(STRONG | dict(flip=0.0, affine=0.1 * s, shift=s, elastic=s)))(batch(), keys()) for s in (1.0, 0.5)
+    )
+    grown = jax.jit(lambda g: augmentation.augment(batch(), keys(), **STRONG | dict(flip=0.0), growth=g))(0.5)
+    np.testing.assert_allclose(grown["fixed"], half["fixed"], atol=1e-5)
+    assert np.abs(whole["fixed"] - half["fixed"]).max() > 1e-2
+
+
+def test_foreground_points_are_different_bright_voxels():
+    volume = jnp.asarray(np.random.default_rng(0).uniform(size=(*SHAPE, 1)), jnp.float32)
+    points, again, other = (augmentation.foreground_points(jax.random.key(seed), volume, 40) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(points, again)
+    assert len(np.unique(points, axis=0)) == 40 and not np.array_equal(points, other)
+    assert (volume[tuple(np.asarray(points, int).T)] > volume.mean()).all()

@@ -22,6 +22,7 @@ from gridreg_jax.data.pipeline import Dataset
 from gridreg_jax.data.preprocess import Lattice
 from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation.evaluate import evaluate
+from gridreg_jax.models import keymorph
 from gridreg_jax.training import loop
 from gridreg_jax.training.checkpoint import Checkpoints
 from gridreg_jax.training.loop import fit
@@ -74,10 +75,10 @@ def run(config, workdir):
     return evaluate(workdir) if fit(config, workdir) else None
 
 
-def final_params(workdir):
+def final_params(workdir, steps=STEPS):
     with Checkpoints(workdir) as checkpoints:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        found = checkpoints.restore(lambda c: build_run(c).state_shapes(device), order=[STEPS], notify=pytest.fail)
+        found = checkpoints.restore(lambda c: build_run(c).state_shapes(device), order=[steps], notify=pytest.fail)
     return found[1]
 
 
@@ -294,6 +295,39 @@ def test_what_needs_a_control_grid_is_refused_without_one(dense, subjects_csv, t
         message = f"{name.replace('__', '.')} is .*, but the model 'voxelmorph' predicts no control grid"
         with pytest.raises(InputError, match=message):
             fit(tiny_voxelmorph(subjects_csv, **{name: value}), tmp_path / "run")
+
+
+def tiny_keymorph(subjects, variant, **changes):
+    config = brain.get_config(variant)
+    common = {name: value for name, value in TINY.items() if not name.startswith("model.") and name != "grid_sizes"}
+    changes = dict(model__keypoints=6, steps=1, val_every=100, checkpoint_every=100) | changes
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    config.update_from_flattened_dict(common | {"data.subjects": str(subjects)} | changes)
+    return config
+
+
+def test_keypoints_are_pretrained_on_one_subject_and_the_next_run_begins_with_them(subjects_csv, tmp_path, monkeypatch):
+    monkeypatch.setattr(keymorph, "WIDTHS", (8,))
+    monkeypatch.setattr(keymorph, "HALVED", (0, 1))
+    first, then = tmp_path / "first", tmp_path / "then"
+    small = dict(augmentation__affine=0.02, augmentation__shift=0.5, augmentation__ramp=10)
+    alone = dict(loss__dice=0.0, optimizer__learning_rate=2e-2, steps=40) | small
+    assert fit(tiny_keymorph(subjects_csv, "keymorph_pretrain", **alone), first)
+    errors = [line["keypoints"] for line in read_metrics(first) if line["kind"] == "train"]
+    assert np.mean(errors[-10:]) < 0.7 * np.mean(errors[:5])
+    # Without a step that changes anything.
+    still = dict(start=str(first), optimizer__name="sgd", optimizer__learning_rate=0.0)
+    assert fit(tiny_keymorph(subjects_csv, "keymorph", **still), then)
+    states = final_params(then, steps=1), final_params(first, steps=40)
+    for found, expected in zip(*(jax.tree.leaves(state.params) for state in states), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    for changes, message in (
+        (dict(model__keypoints=7), "the run in .*first has a model with other parameters"),
+        (dict(start=str(tmp_path / "nowhere")), "nowhere: holds no run"),
+        (dict(loss__keypoints=1.0, augmentation__elastic=1.0), "set augmentation.elastic to 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fit(tiny_keymorph(subjects_csv, "keymorph", **still | changes), tmp_path / "bad")
 
 
 NO_OPTION = "the config has no such option: "

@@ -55,6 +55,11 @@ class Dataset:
             return self.train_subjects[fixed], self.train_subjects[moving]
         return self.pairs["train"][rng.integers(len(self.pairs["train"]))]
 
+    def of_one_subject(self) -> "Dataset":
+        """The same, but the only training pair is the first training image with itself."""
+        first = self.train_subjects[0] if self.train_subjects else self.pairs["train"][0][0]
+        return dataclasses.replace(self, train_subjects=(), pairs=self.pairs | {"train": [(first, first)]})
+
     def arrays(self, chosen: list[tuple[int, int]]) -> dict[str, np.ndarray]:
         """Stacked arrays of pairs: `fixed`, `moving` `[N, X, Y, Z, 1]` and, if there are any, compact
         `fixed_labels`, `moving_labels` `[N, X, Y, Z]`."""

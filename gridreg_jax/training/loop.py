@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from ml_collections import ConfigDict
@@ -22,6 +23,7 @@ from gridreg_jax.models import build, describe, has_control_grid
 from gridreg_jax.rng import generator
 from gridreg_jax.training.checkpoint import Checkpoints
 from gridreg_jax.training.step import build_run, check_batch_size, compile_steps, make_train_step, replicated, shard
+from gridreg_jax.training.trained import load_trained
 from gridreg_jax.training.writers import MetricsWriter, SilentWriter
 from gridreg_jax.transforms.interpolation import check_grid_size
 
@@ -69,6 +71,8 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
     train_step = make_train_step(
         run.model, run.optimizer, seed=config["seed"], loss=loss, augmentation=config["augmentation"]
     )
+    if loss["keypoints"]:
+        dataset = dataset.of_one_subject()
     predict = make_predict(run.model)
 
     workdir.mkdir(parents=True, exist_ok=True)
@@ -145,6 +149,8 @@ def check_config(config: dict) -> None:
             raise InputError(f"loss.{name}: {config['loss'][name]!r} is not known; known are {known}")
     if config["loss"]["samples"] < 1:
         raise InputError(f"loss.samples must be 1 or more, not {config['loss']['samples']}")
+    if config["loss"]["keypoints"] and config["augmentation"]["elastic"]:
+        raise InputError("loss.keypoints follows points through affine changes only: set augmentation.elastic to 0")
     if config["refinement"]["steps"] < 0:
         raise InputError(f"refinement.steps must be 0 or more, not {config['refinement']['steps']}")
     for name in ("steps", "val_every", "checkpoint_every"):
@@ -190,7 +196,10 @@ def _points(grid_size: GridSize) -> str:
 def _initial_state(run, config: dict, checkpoints: Checkpoints, notify: Callable[[str], None]):
     """Step, state and validation choice to begin with: those of the latest readable checkpoint, or a new state."""
     if not checkpoints.steps():
-        return 0, run.init_state(), None
+        state = run.init_state()
+        if config["start"]:
+            state = state.replace(params=_params_of(config["start"], state, notify))
+        return 0, state, None
 
     def shapes(saved: dict):
         there, now = saved["model"], config["model"]
@@ -203,6 +212,15 @@ def _initial_state(run, config: dict, checkpoints: Checkpoints, notify: Callable
     step, state, _, chosen = checkpoints.restore(shapes, order=checkpoints.steps()[::-1], notify=notify)
     notify(f"resuming at step {step} of {config['steps']}")
     return step, state, chosen
+
+
+def _params_of(workdir: str, state, notify: Callable[[str], None]):
+    """Parameters of another run's best checkpoint, for a new state."""
+    params = load_trained(workdir, notify=notify).params
+    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
+        raise InputError(f"start: the run in {workdir} has a model with other parameters")
+    notify(f"starting with the parameters of {workdir}")
+    return jax.device_put(jax.device_get(params), replicated())
 
 
 def _compile(train_step: Callable, state, batch: dict, grid_sizes: tuple, notify) -> dict[GridSize, Callable]:

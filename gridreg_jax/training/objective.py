@@ -34,6 +34,7 @@ def objective(
     gradient: float = 0.0,
     kl: float = 0.0,
     kl_precision: float = 10.0,
+    keypoints: float = 0.0,
     uncertainty: float = 0.0,
     penalty: float = 1.0,
     samples: int = 1,
@@ -59,6 +60,8 @@ def objective(
         units: the paper's 2e5, for displacements in half volumes, is `2e5 (2 / X)^2` here, 49 at 128 voxels an axis.
         `gradient` is of the mean squared forward difference, as in VoxelMorph: of the velocity if there is one, else
         of the displacement. VoxelMorph's code doubles it for a velocity at half resolution; here the weight does that.
+      keypoints: weight of the mean squared distance, in half lattices, of predicted keypoints from `fixed_points` and
+        `moving_points` `[N, K, 3]` of the batch (voxels).
       kl_precision: of the prior that `kl` compares the velocity's posterior to (see `losses.kl_to_smooth`).
       uncertainty: weight of the uncertainty-weighted similarity of a Bayesian head's mean map.
       penalty: in it, of the variance (the paper's lambda_0; 1 is a likelihood).
@@ -66,7 +69,7 @@ def objective(
       keys: `[N]`, one an example, for these draws.
 
     Raises:
-      InputError: `kl` without a posterior of the velocity.
+      InputError: `kl` without a posterior of the velocity, or `keypoints` without those.
     """
     fixed, moving = batch["fixed"], batch["moving"]
     drawn = [prediction]
@@ -90,11 +93,15 @@ def objective(
         if prediction.velocity_log_variance is None:
             raise InputError(f"loss.kl is {kl}, but the model predicts no posterior of a velocity")
         terms["kl"] = kl_to_smooth(prediction.velocity, prediction.velocity_log_variance, precision=kl_precision)
+    if keypoints:
+        if prediction.keypoints is None:
+            raise InputError(f"loss.keypoints is {keypoints}, but the model predicts no keypoints")
+        terms["keypoints"] = _mean(_keypoint_error(prediction, batch, side) for side in (0, 1))
     if prediction.log_variance is not None:
         warped = warp(moving, jax.lax.stop_gradient(prediction.displacement))
         terms["uncertainty"] = uncertainty_weighted_mse(fixed, warped, prediction.variance, penalty=penalty)
     weights = dict(image=image, grid=grid, dice=dice, bending=bending)
-    weights |= dict(gradient=gradient, kl=kl, uncertainty=uncertainty)
+    weights |= dict(gradient=gradient, kl=kl, keypoints=keypoints, uncertainty=uncertainty)
     return sum(weights[name] * value for name, value in terms.items()), terms
 
 
@@ -128,6 +135,13 @@ def _image_similarity(prediction, fixed, moving, similarity):
     if prediction.inverse_displacement is not None:
         alike.append((moving, warp(fixed, prediction.inverse_displacement)))
     return _mean(SIMILARITIES[similarity](*pair) for pair in alike)
+
+
+def _keypoint_error(prediction, batch, side: int):
+    name = ("fixed", "moving")[side]
+    half_lattice = (np.array(batch[name].shape[1:4], np.float32) - 1) / 2
+    error = (prediction.keypoints[side] - batch[f"{name}_points"]) / half_lattice
+    return jnp.mean(error**2, axis=(1, 2))
 
 
 def _grid_similarity(prediction, fixed, moving, interpolator, similarity):

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import struct
 
 from gridreg_jax import rng
-from gridreg_jax.augment import augment
+from gridreg_jax.augment import augment, foreground_points
 from gridreg_jax.errors import InputError
 from gridreg_jax.measure import GridSize, candidates
 from gridreg_jax.models import Prediction, build
@@ -111,7 +111,14 @@ def make_train_step(
 
     `batch` is sharded (`shard`), `grid_size` static; metrics are means over the whole batch. Random streams that the
     model names in `example_streams` get a key for each example, so that noise does not depend on the number of devices.
+
+    Args:
+      loss: arguments of `objective`.
+      augmentation: arguments of `augment`, and `ramp`: over how many steps its spatial changes grow to their size.
     """
+
+    strengths = {name: value for name, value in augmentation.items() if name != "ramp"}
+    ramp = max(1, augmentation.get("ramp", 0))
 
     def step(state: TrainState, batch: dict[str, jax.Array], grid_size: GridSize):
         def example_keys(stream: str) -> jax.Array:
@@ -120,8 +127,13 @@ def make_train_step(
             keys = jax.random.split(rng.key(seed, stream, state.step), local * jax.lax.axis_size(AXIS))
             return jax.lax.dynamic_slice_in_dim(keys, jax.lax.axis_index(AXIS) * local, local)
 
-        if any(augmentation.values()):
-            batch = augment(batch, example_keys("augmentation"), **augmentation)
+        if loss.get("keypoints"):
+            # The same in every step: the loop gives one subject alone.
+            points = foreground_points(rng.key(seed, "keypoints"), batch["fixed"][0], model.keypoints)
+            batch = batch | {"points": jnp.broadcast_to(points, (len(batch["fixed"]), *points.shape))}
+        if any(strengths.values()) or "points" in batch:
+            growth = jnp.minimum(1.0, (state.step + 1) / ramp)
+            batch = augment(batch, example_keys("augmentation"), **strengths, growth=growth)
         streams = {"iterations": rng.key(seed, "iterations", state.step)}
         example_streams = {name: example_keys(name) for name in getattr(model, "example_streams", ())}
 

@@ -142,3 +142,20 @@ def test_a_divergence_without_a_posterior_is_refused():
     batch, control_grid = random_case()
     with pytest.raises(InputError, match="loss.kl is 0.1, but the model predicts no posterior of a velocity"):
         objective(predict(control_grid), batch, **PLAIN, kl=0.1)
+
+
+def test_keypoints_are_compared_in_half_lattices():
+    rng = np.random.default_rng(0)
+    true, errors = rng.uniform(0, 5, (2, 2, 6, 3)), rng.normal(size=(2, 2, 6, 3))
+    image = jnp.zeros((2, 5, 9, 7, 1))
+    batch = {"fixed": image, "moving": image}
+    batch |= {f"{side}_points": jnp.asarray(points, jnp.float32) for side, points in zip(batch, true, strict=True)}
+    found = tuple(jnp.asarray(points, jnp.float32) for points in true + errors)
+    prediction = Prediction(displacement=jnp.zeros((2, 5, 9, 7, 3)), keypoints=found)
+    options = dict(interpolator="", num_labels=0, image=0.0, grid=0.0, bending=0.0, keypoints=3.0)
+    total, terms = objective(prediction, batch, **options)
+    expected = np.mean((errors / [2, 4, 3]) ** 2, axis=(0, 2, 3))
+    np.testing.assert_allclose(terms["keypoints"], expected, rtol=1e-4)
+    np.testing.assert_allclose(total, 3 * expected, rtol=1e-4)
+    with pytest.raises(InputError, match="loss.keypoints is 3.0, but the model predicts no keypoints"):
+        objective(prediction.replace(keypoints=None), batch, **options)
