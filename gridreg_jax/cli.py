@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 
-from gridreg_jax.doorway import fail, use_compilation_cache
+from gridreg_jax.doorway import fail, prepare_process
 from gridreg_jax.errors import InputError
 
 TRANSFORM = ".tfm, .txt, .mat, .h5 or displacement .nii.gz"
@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     # Numpy's matrix products are small here: its threads would only wait for each other. Read when numpy is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    use_compilation_cache()
+    prepare_process()
     try:
         options.run(options)
     except (InputError, OSError) as error:

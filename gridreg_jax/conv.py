@@ -119,11 +119,12 @@ def _gradient_of_kernel(x, gradient, size: int, stride: int):
             for j in range(size)
             for k in range(size)
         ]
-        return total + jnp.einsum("nyzc,nyzd->cd", jnp.concatenate(seen, axis=-1), slopes), None
+        # In this order: of the two, the product transposes the first, and that is the smaller.
+        return total + jnp.einsum("nyzd,nyzc->dc", slopes, jnp.concatenate(seen, axis=-1)), None
 
     channels, features = x.shape[-1], gradient.shape[-1]
-    total, _ = jax.lax.scan(add, jnp.zeros((size**3 * channels, features), gradient.dtype), jnp.arange(count))
-    return jnp.moveaxis(total.reshape(size, size, size, channels, features), 2, 0)
+    total, _ = jax.lax.scan(add, jnp.zeros((features, size**3 * channels), gradient.dtype), jnp.arange(count))
+    return jnp.moveaxis(total.T.reshape(size, size, size, channels, features), 2, 0)
 
 
 def _gradient_of_strided(gradient, kernel, shape):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from gridreg_jax.errors import InputError
+from gridreg_jax.memory import share_freed_memory
 
 
 def main(function: Callable) -> None:
@@ -16,7 +17,7 @@ def main(function: Callable) -> None:
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}: options are written --name=value")
         logging.set_verbosity(logging.WARNING)
-        use_compilation_cache()
+        prepare_process()
         try:
             function(argv)
         except (InputError, FloatingPointError, OSError) as error:
@@ -43,8 +44,10 @@ def fail(message: object) -> None:
     sys.exit(2)
 
 
-def use_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
+def prepare_process() -> None:
+    """Keep compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another, and little
+    freed memory."""
+    share_freed_memory()
     import jax
 
     from gridreg_jax.data.preprocess import default_cache_dir

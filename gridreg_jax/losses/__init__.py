@@ -1,6 +1,6 @@
 """Losses: every one minimises and returns one value a case, `[N]`."""
 
-from gridreg_jax.losses.overlap import soft_dice
+from gridreg_jax.losses.overlap import FEW, one_hot, soft_dice, soft_dice_of_maps
 from gridreg_jax.losses.regularity import bending_energy, bending_energy_of_map, diffusion_energy, kl_to_smooth
 from gridreg_jax.losses.similarity import (
     lncc,
@@ -17,6 +17,7 @@ SIMILARITIES = {"mse": mse, "lncc": lncc, "ncc": ncc, "nmi": nmi, "mind": mind, 
 REGULARISERS = {"bending": bending_energy, "diffusion": diffusion_energy}
 
 __all__ = [
+    "FEW",
     "REGULARISERS",
     "SIMILARITIES",
     "bending_energy",
@@ -29,7 +30,9 @@ __all__ = [
     "ncc",
     "nmi",
     "normalised_residual",
+    "one_hot",
     "soft_dice",
+    "soft_dice_of_maps",
     "ssim",
     "uncertainty_weighted_mse",
 ]

@@ -1,5 +1,7 @@
 """Overlap of label maps as a loss that the displacement can follow."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -38,28 +40,46 @@ def soft_dice(
     Source: Yan et al., Medical Physics 2026, §3.3; the soft overlap is Milletari et al., 3DV 2016, with plain sums.
     """
     fixed, moving = (jnp.where((ids > 0) & (ids <= num_labels), ids, 0) for ids in (fixed_labels, moving_labels))
+    if num_labels <= FEW:
+        maps = [warp(one[..., None], displacement)[..., 0] for one in one_hot(moving, num_labels)]
+        return soft_dice_of_maps(fixed, maps, mask=mask)
     weights = jnp.ones(fixed.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
-    sums = _few_labels if num_labels <= FEW else _many_labels
-    agreeing, total = sums(fixed, moving, displacement.astype(jnp.float32), weights, num_labels)
+    return _mean_overlap(*_sums_by_label(fixed, moving, displacement.astype(jnp.float32), weights, num_labels))
+
+
+def one_hot(labels: Int[Array, "N X Y Z"], num_labels: int) -> list[Float[Array, "N X Y Z"]]:
+    """A map of ones and zeros for each of the ids 1..num_labels."""
+    return [(labels == label).astype(jnp.float32) for label in range(1, num_labels + 1)]
+
+
+def soft_dice_of_maps(
+    fixed_labels: Int[Array, "N X Y Z"],
+    warped: Sequence[Float[Array, "N X Y Z"]],
+    *,
+    mask: Shaped[Array, "N X Y Z"] | None = None,
+) -> Float[Array, " N"]:
+    """`soft_dice`, given the warped maps of the ids 1, 2, ..."""
+    agreeing, total = [], []
+    for label, weighted in enumerate(warped, start=1):
+        there = fixed_labels == label
+        ones = there.astype(jnp.float32)
+        if mask is not None:
+            weighted, ones = weighted * mask, ones * mask
+        # A sum of its own for every slab across the X axis keeps float32 accurate over millions of voxels.
+        agreeing.append(jnp.where(there, weighted, 0).sum((2, 3)).sum(1))
+        total.append((weighted + ones).sum((2, 3)).sum(1))
+    return _mean_overlap(jnp.stack(agreeing, axis=-1), jnp.stack(total, axis=-1))
+
+
+def _mean_overlap(agreeing, total):
+    """One minus the mean Dice of the labels that occur, from the sums `[N, L]` of `f w` and of f and w."""
     present = total > 0
     overlap = jnp.where(present, 2 * agreeing / jnp.where(present, total, 1.0), 1.0)
     return jnp.sum(1 - overlap, axis=-1) / jnp.maximum(present.sum(-1), 1)
 
 
-def _few_labels(fixed, moving, displacement, weights, num_labels):
-    """By label `[N, L]`: sum of `f w`, and sum of f and w; a warp a label."""
-    agreeing, total = [], []
-    for label in range(1, num_labels + 1):
-        warped = warp((moving == label).astype(jnp.float32)[..., None], displacement)[..., 0] * weights
-        there = fixed == label
-        # A sum of its own for every slab across the X axis keeps float32 accurate over millions of voxels.
-        agreeing.append(jnp.where(there, warped, 0).sum((2, 3)).sum(1))
-        total.append((warped + jnp.where(there, weights, 0)).sum((2, 3)).sum(1))
-    return jnp.stack(agreeing, axis=-1), jnp.stack(total, axis=-1)
-
-
-def _many_labels(fixed, moving, displacement, weights, num_labels):
-    """The same, by sums over the voxels of each label."""
+def _sums_by_label(fixed, moving, displacement, weights, num_labels):
+    """By label `[N, L]`: sum of `f w`, and sum of f and w, over the voxels of each label."""
     points = identity_grid(fixed.shape[1:]) + displacement
     case = jnp.arange(len(fixed)).reshape(-1, 1, 1, 1)
     # Sums by label over the voxels and their corners. On CPU, at 96^3 with 135 labels, forward and gradient take a

@@ -27,7 +27,7 @@ from gridreg_jax.transforms.interpolation import (
     interpolate_at_controls,
     interpolate_variance,
 )
-from gridreg_jax.transforms.warp import warp
+from gridreg_jax.transforms.warp import warp, warp_by_grid
 
 
 class GridReg(nn.Module):
@@ -108,8 +108,9 @@ class GridReg(nn.Module):
 
         def run(found, network):
             # What was found so far is given, not revised: no gradient passes through the images that it warped.
-            displacement = interpolate(jax.lax.stop_gradient(found), shape, method=self.interpolator)
-            return found + network(fixed, warp(moving, displacement), grid_size)
+            found_so_far = jax.lax.stop_gradient(found)
+            (warped,) = warp_by_grid([moving[..., 0]], found_so_far, shape, method=self.interpolator)
+            return found + network(fixed, warped[..., None], grid_size)
 
         control_grid = jnp.zeros((fixed.shape[0], *grid_size, 3), fixed.dtype)
         if train and self.iterations > 1:

@@ -7,16 +7,19 @@ from jaxtyping import Array, Float
 
 from gridreg_jax.errors import InputError
 from gridreg_jax.losses import (
+    FEW,
     SIMILARITIES,
     bending_energy_of_map,
     diffusion_energy,
     kl_to_smooth,
+    one_hot,
     soft_dice,
+    soft_dice_of_maps,
     uncertainty_weighted_mse,
 )
 from gridreg_jax.models import Prediction
 from gridreg_jax.transforms.interpolation import control_positions, interpolate, interpolate_at_controls
-from gridreg_jax.transforms.warp import sample, warp
+from gridreg_jax.transforms.warp import sample, warp, warp_by_grid
 
 
 def objective(
@@ -72,18 +75,25 @@ def objective(
       InputError: `kl` without a posterior of the velocity, or `keypoints` without those.
     """
     fixed, moving = batch["fixed"], batch["moving"]
-    drawn = [prediction]
+    # What the mean map warps is warped at once.
+    maps = one_hot(batch["moving_labels"], num_labels) if dice and num_labels <= FEW else []
+    warped, *warped_maps = _warp(prediction, [moving[..., 0], *maps], interpolator)
+    drawn, alike = [prediction], [(fixed, warped[..., None])]
     if prediction.log_variance is not None:
-        drawn = _draw(prediction, keys, samples, fixed.shape[1:4], interpolator)
+        drawn = _draw(prediction, keys, samples, interpolator)
+        alike = [(fixed, _warp(one, [moving[..., 0]], interpolator)[0][..., None]) for one in drawn]
+    if prediction.inverse_displacement is not None:
+        alike.append((moving, warp(fixed, prediction.inverse_displacement)))
     terms = {}
     if image:
-        terms["image"] = _mean(_image_similarity(one, fixed, moving, similarity) for one in drawn)
+        terms["image"] = _mean(SIMILARITIES[similarity](*pair) for pair in alike)
     if grid and prediction.control_displacement is not None:
         terms["grid"] = _mean(_grid_similarity(one, fixed, moving, interpolator, grid_similarity) for one in drawn)
-    if dice:
-        terms["dice"] = soft_dice(
-            batch["fixed_labels"], batch["moving_labels"], prediction.displacement, num_labels=num_labels
-        )
+    if dice and num_labels <= FEW:
+        terms["dice"] = soft_dice_of_maps(batch["fixed_labels"], warped_maps)
+    elif dice:
+        labels = batch["fixed_labels"], batch["moving_labels"]
+        terms["dice"] = soft_dice(*labels, prediction.displacement, num_labels=num_labels)
     if bending:
         terms["bending"] = bending_energy_of_map(prediction.displacement, prediction.control_grid, interpolator)
     if gradient:
@@ -109,7 +119,7 @@ def _mean(values):
     return jnp.mean(jnp.stack(list(values)), axis=0)
 
 
-def _draw(prediction, keys, samples, shape, interpolator) -> list[Prediction]:
+def _draw(prediction, keys, samples, interpolator) -> list[Prediction]:
     """Predictions drawn from the posterior of the control grid (paper, section 3.1).
 
     In pairs on either side of the mean, so that what the noise adds to the gradient cancels to first order.
@@ -121,7 +131,7 @@ def _draw(prediction, keys, samples, shape, interpolator) -> list[Prediction]:
         control_grid = mean + deviation * noise
         drawn.append(
             Prediction(
-                displacement=interpolate(control_grid, shape, method=interpolator),
+                displacement=interpolate(control_grid, prediction.displacement.shape[1:4], method=interpolator),
                 control_grid=control_grid,
                 control_displacement=interpolate_at_controls(control_grid, method=interpolator),
             )
@@ -129,12 +139,10 @@ def _draw(prediction, keys, samples, shape, interpolator) -> list[Prediction]:
     return drawn
 
 
-def _image_similarity(prediction, fixed, moving, similarity):
-    """Similarity of the whole images, in both directions if both are predicted."""
-    alike = [(fixed, warp(moving, prediction.displacement))]
-    if prediction.inverse_displacement is not None:
-        alike.append((moving, warp(fixed, prediction.inverse_displacement)))
-    return _mean(SIMILARITIES[similarity](*pair) for pair in alike)
+def _warp(prediction, volumes, interpolator):
+    if prediction.control_grid is None:
+        return [warp(volume[..., None], prediction.displacement)[..., 0] for volume in volumes]
+    return warp_by_grid(volumes, prediction.control_grid, volumes[0].shape[1:], method=interpolator)
 
 
 def _keypoint_error(prediction, batch, side: int):

@@ -133,8 +133,14 @@ def axis_weights(method: str, grid_size: int, size: int) -> Float64[np.ndarray, 
     return _frozen(INTERPOLATORS[method](grid_size, np.linspace(0.0, 1.0, size)))
 
 
+def lattice_weights(grid_size: Sequence[int], shape: Sequence[int], method: str) -> list[np.ndarray]:
+    """`axis_weights` of each axis of the lattice `shape`, for `contract`."""
+    check_grid_size(grid_size, method)
+    return [axis_weights(method, g, size) for g, size in zip(grid_size, shape, strict=True)]
+
+
 def contract(
-    control_grid: Float[Array, "N gx gy gz C"], matrices: Sequence[Float64[np.ndarray, "_ _"]]
+    control_grid: Float[Array, "N gx gy gz C"], matrices: Sequence[Float[Array | np.ndarray, "_ _"]]
 ) -> Float[Array, "N x y z C"]:
     """Apply one matrix an axis, `[x, gx]`, `[y, gy]` and `[z, gz]`, to axes 1, 2 and 3.
 
@@ -164,7 +170,7 @@ def interpolate(
     Raises:
       InputError: unknown method, or too few control points along an axis.
     """
-    return contract(control_grid, _lattice_weights(control_grid.shape[1:4], shape, method))
+    return contract(control_grid, lattice_weights(control_grid.shape[1:4], shape, method))
 
 
 def interpolate_at_controls(
@@ -202,12 +208,7 @@ def interpolate_variance(
     Raises:
       InputError: unknown method, or too few control points along an axis.
     """
-    return contract(variance, [np.square(matrix) for matrix in _lattice_weights(variance.shape[1:4], shape, method)])
-
-
-def _lattice_weights(grid_size: Sequence[int], shape: Sequence[int], method: str) -> list[np.ndarray]:
-    check_grid_size(grid_size, method)
-    return [axis_weights(method, g, size) for g, size in zip(grid_size, shape, strict=True)]
+    return contract(variance, [np.square(matrix) for matrix in lattice_weights(variance.shape[1:4], shape, method)])
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:

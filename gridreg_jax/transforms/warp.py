@@ -4,9 +4,17 @@ Everything here is in voxels of the array it samples; a point outside is clamped
 a zero displacement is exactly the identity, at the border too.
 """
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
+
+from gridreg_jax.transforms.interpolation import check_grid_size, contract, interpolate, lattice_weights
+
+# Voxels of a slab, all of a batch together: what is computed of it stays in the cache.
+SLAB = 2**16
 
 
 def identity_grid(shape: tuple[int, int, int]) -> Float[Array, "X Y Z 3"]:
@@ -58,11 +66,111 @@ def warp(volume: Num[Array, "N X Y Z C"], displacement: Float[Array, "N x y z 3"
       volume: what is sampled (the moving image).
       displacement: voxels, component c along axis c, on the fixed lattice (whose size may differ).
     """
-    places = (
+    return _sample(volume, *_places(displacement))
+
+
+def _places(displacement):
+    """Where displaced voxels lie `[N, x, y, z]`, an array an axis."""
+    lattice = (
         jnp.arange(size, dtype=jnp.float32).reshape([-1 if a == axis else 1 for a in range(3)])
         for axis, size in enumerate(displacement.shape[1:4])
     )
-    return _sample(volume, *(displacement[..., axis] + place for axis, place in enumerate(places)))
+    return [displacement[..., axis] + place for axis, place in enumerate(lattice)]
+
+
+def warp_by_grid(
+    volumes: Sequence[Num[Array, "N X Y Z"]],
+    control_grid: Float[Array, "N gx gy gz 3"],
+    shape: tuple[int, int, int],
+    *,
+    method: str = "trilinear",
+) -> list[Float[Array, "N x y z"]]:
+    """Each volume warped by `interpolate(control_grid, shape)`, without a dense displacement where that pays.
+
+    On the CPU, slab by slab across axis 0, forwards and for the gradient: what a slab needs stays in the cache, and the
+    memory for displacements, weights and their gradients is that of a slab.
+
+    Args:
+      volumes: what is sampled (moving images, maps of labels), on one lattice.
+      control_grid: displacement of the control points, voxels.
+      shape: of the fixed lattice.
+      method: a name in `INTERPOLATORS`.
+
+    Raises:
+      InputError: unknown method, or too few control points along an axis.
+    """
+    check_grid_size(control_grid.shape[1:4], method)
+    volumes = [volume.astype(jnp.promote_types(volume.dtype, jnp.float32)) for volume in volumes]
+    return jax.lax.platform_dependent(
+        control_grid,
+        *volumes,
+        cpu=functools.partial(_warp_slabs, shape, method),
+        default=functools.partial(_warp_densely, shape, method),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _warp_slabs(shape, method, control_grid, *volumes):
+    """Warped volumes `[N, X, Y, Z]`."""
+    slabs, coordinates, _ = _slabs(shape, method, control_grid, len(volumes[0]))
+
+    def one(slab):
+        return [_trilinear(volume, coordinates(control_grid, slab)) for volume in volumes]
+
+    return [jnp.moveaxis(warped, 0, 1).reshape(-1, *shape) for warped in jax.lax.map(one, slabs)]
+
+
+def _warp_slabs_forward(shape, method, control_grid, *volumes):
+    return _warp_slabs(shape, method, control_grid, *volumes), (control_grid, volumes)
+
+
+def _warp_slabs_backward(shape, method, residuals, gradients):
+    control_grid, volumes = residuals
+    slabs, coordinates, split = _slabs(shape, method, control_grid, len(volumes[0]))
+
+    def add(total, parts):
+        slab, gradients = parts
+        places, to_grid = jax.vjp(lambda control_grid: coordinates(control_grid, slab), control_grid)
+        pairs = list(zip(volumes, gradients, strict=True))
+        slopes = [sum(gradient * _trilinear(volume, places, axis) for volume, gradient in pairs) for axis in range(3)]
+        return total + to_grid(slopes)[0], None
+
+    d_control_grid, _ = jax.lax.scan(add, jnp.zeros_like(control_grid), (slabs, [split(g) for g in gradients]))
+    # Nothing of it is computed unless it is asked for.
+    (_, *d_volumes) = jax.vjp(functools.partial(_warp_densely, shape, method), control_grid, *volumes)[1](gradients)
+    return d_control_grid, *d_volumes
+
+
+_warp_slabs.defvjp(_warp_slabs_forward, _warp_slabs_backward)
+
+
+def _warp_densely(shape, method, control_grid, *volumes):
+    displacement = interpolate(control_grid, shape, method=method)
+    return [warp(volume[..., None], displacement)[..., 0] for volume in volumes]
+
+
+def _slabs(shape, method, control_grid, cases: int):
+    """A lattice cut across axis 0 into slabs.
+
+    Returns:
+      What `lax.map` goes through; from it and a control grid to the coordinates of a slab's voxels, an array an axis;
+      and from `[N, X, ...]` to slabs `[slabs, N, x, ...]`.
+    """
+    weights = lattice_weights(control_grid.shape[1:4], shape, method)
+    most = max(1, SLAB // (cases * shape[1] * shape[2]))
+    thickness = max(planes for planes in range(1, shape[0] + 1) if shape[0] % planes == 0 and planes <= most)
+    rows = jnp.asarray(weights[0], control_grid.dtype).reshape(-1, thickness, control_grid.shape[1])
+    first = thickness * jnp.arange(len(rows), dtype=jnp.float32)
+
+    def coordinates(control_grid, slab):
+        first, rows = slab
+        x, y, z = _places(contract(control_grid, [rows, *weights[1:]]))
+        return [first + x, y, z]
+
+    def split(values):
+        return jnp.moveaxis(values.reshape(cases, -1, thickness, *values.shape[2:]), 1, 0)
+
+    return (first, rows), coordinates, split
 
 
 def _sample(volume, *coordinates):

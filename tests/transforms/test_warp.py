@@ -6,6 +6,7 @@ from scipy.linalg import expm
 from scipy.ndimage import map_coordinates
 
 from gridreg_jax.transforms import warp as warping
+from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import identity_grid, integrate, invert, sample
 
 compose, warp, warp_labels = jax.jit(warping.compose), jax.jit(warping.warp), jax.jit(warping.warp_labels)
@@ -91,6 +92,29 @@ def test_gradient_with_respect_to_volume_is_the_transpose():
     volume, displacement, weights = random_volume(), random_displacement(2.0), random_volume(seed=3)
     gradient = jax.grad(lambda v: jnp.sum(warp(v, displacement) * weights))(volume)
     np.testing.assert_allclose(jnp.vdot(gradient, volume), jnp.vdot(warp(volume, displacement), weights), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("planes", "method"), [(1, "bspline"), (3, "trilinear"), (9, "gaussian")])
+def test_warp_by_grid_is_the_warp_by_its_displacement(planes, method, monkeypatch):
+    monkeypatch.setattr(warping, "SLAB", planes * 2 * 8 * 7)
+    volumes = [jnp.asarray(random_volume(1, seed)[..., 0]) for seed in (0, 1)]
+    control_grid = jnp.asarray(np.random.default_rng(2).normal(size=(2, 5, 4, 6, 3)), jnp.float32)
+    weights = random_volume(2, seed=3)
+
+    def dense(control_grid, volumes):
+        displacement = interpolate(control_grid, SHAPE, method=method)
+        return warping.warp(jnp.stack(volumes, -1), displacement)
+
+    def by_grid(control_grid, volumes):
+        return jnp.stack(warping.warp_by_grid(volumes, control_grid, SHAPE, method=method), -1)
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(lambda *given, f=f: jnp.sum(f(*given) * weights), (0, 1)))(control_grid, volumes)
+        for f in (by_grid, dense)
+    )
+    np.testing.assert_allclose(jax.jit(by_grid)(control_grid, volumes), dense(control_grid, volumes), atol=1e-5)
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_composition_is_two_warps_of_coordinates():
