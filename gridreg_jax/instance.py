@@ -11,7 +11,7 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map
 from gridreg_jax.transforms.bspline import jacobian_determinant_on_lattice
 from gridreg_jax.transforms.interpolation import interpolate
-from gridreg_jax.transforms.warp import warp_by_grid
+from gridreg_jax.transforms.warp import warp
 
 # Voxels an axis of the box in which intensities are correlated: small, so that thin structures count.
 WINDOW = 5
@@ -62,9 +62,8 @@ def refine_recorded(
     options = {"window": WINDOW} if similarity == "lncc" else {}
 
     def loss(grid):
-        (warped,) = warp_by_grid([moving[..., 0]], grid, shape, method=interpolator)
-        unlike = SIMILARITIES[similarity](fixed, warped[..., None], mask=mask, **options)
         displacement = interpolate(grid, shape, method=interpolator)
+        unlike = SIMILARITIES[similarity](fixed, warp(moving, displacement), mask=mask, **options)
         penalty = bending * bending_energy_of_map(displacement, grid, interpolator)
         if folding is not None:
             shortfall = jnp.maximum(MARGIN - jacobian_determinant_on_lattice(grid, shape), 0)

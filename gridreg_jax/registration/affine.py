@@ -17,6 +17,7 @@ from gridreg_jax.data.preprocess import Lattice, lattice_affine, normalise, resa
 from gridreg_jax.errors import InputError
 from gridreg_jax.instance import descend
 from gridreg_jax.losses import SIMILARITIES
+from gridreg_jax.programs import stored
 from gridreg_jax.transforms.warp import identity_grid, sample
 
 # Voxels along the longest side, steps, and step size in the unit of the parameters (see `_matrix`). At the coarsest
@@ -113,7 +114,7 @@ def check_overlap(fixed: Volume, moving: Volume, matrix: Float[np.ndarray, "4 4"
         )
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "similarity"))
+@functools.partial(stored, static_argnames=("steps", "similarity"))
 def _search(fixed, moving, weight, to_points, to_voxels, starts, possible, learning_rate, *, steps, similarity):
     """The loss of each start before its last step, which is a tiny one, and its parameters after it.
 

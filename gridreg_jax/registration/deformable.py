@@ -18,6 +18,7 @@ from gridreg_jax.data.nifti import Volume
 from gridreg_jax.data.preprocess import resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.instance import refine_recorded
+from gridreg_jax.programs import stored
 from gridreg_jax.registration.affine import corner_to_corner
 from gridreg_jax.transforms import bspline
 from gridreg_jax.transforms.certificate import Certificate, certify
@@ -211,7 +212,7 @@ def _run(control_grid, shape, images, stage: Stage, cells: Sequence[int], simila
 _halved = jax.jit(bspline.refine, static_argnums=1)
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "similarity"))
+@functools.partial(stored, static_argnames=("steps", "similarity"))
 def _fit(control_grid, fixed, moving, mask, bending, folding, *, steps, similarity):
     return refine_recorded(
         control_grid,

@@ -19,6 +19,7 @@ from gridreg_jax.data.preprocess import normalise, resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.export import itk
 from gridreg_jax.losses import SIMILARITIES
+from gridreg_jax.programs import stored
 from gridreg_jax.registration import affine as affine_start
 from gridreg_jax.registration import deformable
 from gridreg_jax.registration.deformable import PRESETS, StageResult
@@ -63,7 +64,7 @@ class Registration:
     @functools.cached_property
     def displacement(self) -> Float32[np.ndarray, "X Y Z 3"]:
         """u at the voxels of the fixed lattice, in its voxels; the affine part is not in it."""
-        return np.asarray(_dense(self.control_grid, self.fixed.array.shape))
+        return np.asarray(_dense(self.control_grid, shape=self.fixed.array.shape))
 
     @functools.cached_property
     def displacement_mm(self) -> Float32[np.ndarray, "X Y Z 3"]:
@@ -76,7 +77,7 @@ class Registration:
         """u at the voxels of the working lattice, in its voxels."""
         shape = self.fixed_working.array.shape
         step = np.subtract(self.fixed.array.shape, 1) / np.subtract(shape, 1)
-        return np.asarray(_dense((self.control_grid / step).astype(np.float32), shape))
+        return np.asarray(_dense((self.control_grid / step).astype(np.float32), shape=shape))
 
     @property
     def transforms(self) -> list[itk.ItkTransform]:
@@ -321,18 +322,18 @@ def _linear(points: Float[Array, "X Y Z 3"], matrix) -> Float[Array, "X Y Z 3"]:
     return jnp.matmul(points, matrix[:, :3].T, precision=jax.lax.Precision.HIGHEST) + matrix[:, 3]
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def _dense(control_grid, shape):
+@functools.partial(stored, static_argnames=("shape",))
+def _dense(control_grid, *, shape):
     return interpolate(control_grid[None], shape, method="bspline")[0]
 
 
-@jax.jit
+@stored
 def _total(displacement, linear, affine_part):
     moved = jnp.matmul(displacement, linear.T, precision=jax.lax.Precision.HIGHEST)
     return moved + _linear(identity_grid(displacement.shape[:3]), affine_part)
 
 
-@functools.partial(jax.jit, static_argnames="labels")
+@functools.partial(stored, static_argnames=("labels",))
 def _pull_slab(array, displacement, start, matrix, outside, *, labels):
     lattice = identity_grid(displacement.shape[:3])
     points = _linear(lattice.at[..., 0].add(start) + displacement, matrix)
@@ -351,12 +352,12 @@ def _towards_inverse(w, u, points, iterations: int):
     return jax.lax.fori_loop(0, iterations, lambda _, w: w - RELAXATION * (w + sample(u, points + w)), w)
 
 
-@jax.jit
+@stored
 def _invert(u):
     return _towards_inverse(jnp.zeros_like(u), u, identity_grid(u.shape[:3]), INVERSE_ITERATIONS)
 
 
-@functools.partial(jax.jit, static_argnames="shape")
+@functools.partial(stored, static_argnames=("shape",))
 def _inverse_slab(coarse, u, step, start, to_voxels, linear, fixed, *, shape):
     """The inverse map's displacement (mm) at some rows of the moving lattice.
 
@@ -369,7 +370,7 @@ def _inverse_slab(coarse, u, step, start, to_voxels, linear, fixed, *, shape):
     return jnp.matmul(w, fixed.T, precision=jax.lax.Precision.HIGHEST) + _linear(lattice, linear)
 
 
-@jax.jit
+@stored
 def _inverse_error(u, inverse_mm, to_moving, linear, scale):
     """How far from each voxel of a lattice the map and its dense inverse lead (mm), NaN where there is no inverse."""
     lattice = identity_grid(u.shape[:3])

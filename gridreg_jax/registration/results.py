@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int32
@@ -20,6 +19,7 @@ from gridreg_jax.data.nifti import Volume
 from gridreg_jax.errors import InputError
 from gridreg_jax.export import itk
 from gridreg_jax.files import replacing
+from gridreg_jax.programs import stored
 from gridreg_jax.registration.register import Registration, pull
 from gridreg_jax.registration.report import page
 from gridreg_jax.transforms.jacobian import jacobian_determinant
@@ -160,7 +160,7 @@ def _stem(path: Path) -> str:
     return path.name.removesuffix(".gz").removesuffix(".nii")
 
 
-@jax.jit
+@stored
 def _jacobian(displacement):
     determinant = jacobian_determinant(displacement[None])[0]
     logarithm = jnp.log(jnp.maximum(determinant, 1e-9))

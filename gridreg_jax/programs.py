@@ -1,0 +1,72 @@
+"""Functions whose programs later processes find ready: neither traced nor compiled again."""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gridreg_jax.files import replacing
+
+
+def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Callable:
+    """`jax.jit`, whose traced programs are kept beside the compiled ones where there is a compilation cache.
+
+    The cache of compiled programs is found by what was traced, and tracing a registration takes Python some seconds. A
+    kept program is used as long as this library's source, JAX, the platform, the arguments' shapes and types, and the
+    static arguments are the same.
+
+    Args:
+      function: of arrays and numbers (or trees of them), and of keyword arguments.
+      static_argnames: these; every keyword argument must be among them.
+    """
+    jitted = jax.jit(function, static_argnames=static_argnames)
+    programs = {}
+
+    @functools.wraps(function)
+    def call(*arguments, **static):
+        folder = jax.config.jax_compilation_cache_dir
+        if not folder:
+            return jitted(*arguments, **static)
+        shapes = jax.tree.map(_type, arguments)
+        key = (folder, str(shapes), *sorted(static.items()))
+        if key not in programs:
+            path = Path(folder) / "programs" / f"{function.__name__}_{_digest(function, key)}"
+            programs[key] = _restored(path) or _kept(path, jitted, shapes, static)
+        return programs[key](*arguments)
+
+    return call
+
+
+def _type(leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
+
+
+def _restored(path: Path) -> Callable | None:
+    try:
+        return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
+    except Exception:  # none, or one that is damaged in one of many ways: it is written anew
+        return None
+
+
+def _kept(path: Path, jitted: Callable, shapes, static: dict) -> Callable:
+    exported = jax.export.export(jitted)(*shapes, **static)
+    with replacing(path) as temporary:
+        temporary.write_bytes(exported.serialize())
+    return jax.jit(exported.call)
+
+
+def _digest(function: Callable, key: tuple) -> str:
+    known = function.__module__, function.__qualname__, _sources(), jax.__version__, jax.default_backend(), key[1:]
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _sources() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
