@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         "--grid", default="auto", metavar="SIZE", help="last control grid: points an axis (10), cells (5mm), or auto"
     )
     command.add_argument("--mask", metavar="FILE", help="on the fixed image's lattice: what is 0 there does not count")
+    command.add_argument(
+        "--method", default="grid", metavar="NAME", help="grid (default), or ncf: a small network fitted to the pair"
+    )
     command.add_argument("--model", metavar="WORKDIR", help="run of train.py whose network proposes the map")
     command.add_argument(
         "--refine", type=int, metavar="N", help="steps after the network (default: as the run's config says)"
@@ -114,6 +117,7 @@ def _register(options: argparse.Namespace) -> None:
             similarity=options.similarity,
             grid=_grid(options.grid),
             mask=options.mask,
+            method=options.method,
             model=options.model,
             refine=options.refine,
             notify=notify,

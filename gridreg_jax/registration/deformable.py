@@ -134,7 +134,7 @@ def deform(
     control_grid = None if start is None else _fitted(start, _grid_size(cells, preset.stages[0]))
     for stage in preset.stages:
         if stage.coarsening not in images:
-            images[stage.coarsening] = _pair(fixed, moving, mask, matrix, stage.coarsening)
+            images[stage.coarsening] = on_lattice(fixed, moving, mask, matrix, stage.coarsening)
         control_grid, result = _run(control_grid, shape, images[stage.coarsening], stage, cells, similarity)
         results.append(result)
         notify(result)
@@ -174,8 +174,9 @@ def _grid_size(cells: Sequence[int], stage: Stage) -> tuple[int, int, int]:
     return tuple(-(-count // 2**stage.halvings) + 3 for count in cells)
 
 
-def _pair(fixed: Volume, moving: Volume, mask: Volume | None, matrix, coarsening: int):
-    """Fixed image, moving image and where both are known, on the lattice of a stage."""
+def on_lattice(fixed: Volume, moving: Volume, mask: Volume | None, matrix, coarsening: int):
+    """Fixed image and moving image under an affine map, `[1, x, y, z, 1]`, and where both are known `[1, x, y, z]`, on
+    a lattice of `coarsening` times the finest spacing of the fixed image's."""
     size, spacing = np.array(fixed.array.shape), geometry.spacing(fixed.affine)
     # Thick slices stay until the others are as thick.
     ratio = np.maximum(1, np.rint(coarsening * spacing.min() / spacing))

@@ -1,4 +1,4 @@
-"""A trained network's proposal for two images: where the optimisation begins."""
+"""A network's proposal for two images, trained before or fitted to the two: where the optimisation begins."""
 
 import dataclasses
 import functools
@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32
 
+from gridreg_jax import ncf, rng
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.data.preprocess import Lattice, place
+from gridreg_jax.registration.deformable import on_lattice
 from gridreg_jax.training.trained import Trained
 from gridreg_jax.transforms.warp import identity_grid, sample
 
@@ -57,6 +59,27 @@ def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Pr
     )
     sigma_mm = None if variance_mm2 is None else np.sqrt(variance_mm2)
     return Proposal(moving_affine @ np.linalg.inv(fixed_affine), np.asarray(displacement), sigma_mm)
+
+
+def fit_ncf(
+    fixed: Volume, moving: Volume, matrix: Float[np.ndarray, "4 4"], mask: Volume | None
+) -> Float32[np.ndarray, "X Y Z 3"]:
+    """Displacement u by a neural correspondence field (`ncf.optimise`), for which `moving(matrix(x + u(x)))` is like
+    `fixed(x)`.
+
+    Args:
+      fixed: normalised; u is on its lattice, in its voxels.
+      moving: normalised, on any lattice.
+      matrix: RAS mm of the fixed image -> RAS mm of the moving image.
+      mask: where the fixed image counts (values other than 0); None: everywhere.
+    """
+    images = on_lattice(fixed, moving, mask, matrix, 1)
+    return np.asarray(_fit_ncf(*images, rng.key(0, "ncf"))[0])
+
+
+@jax.jit
+def _fit_ncf(fixed, moving, known, key):
+    return ncf.optimise(fixed, moving, key=key, mask=known)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "grid_size", "shape"))

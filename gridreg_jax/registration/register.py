@@ -32,6 +32,7 @@ SLAB = 2_000_000
 # Of the search for the inverse: coarse, then fine, or for single points; and the share of each step that is taken.
 INVERSE_ITERATIONS, FINISHING_ITERATIONS, POINT_ITERATIONS = 12, 3, 100
 RELAXATION = 0.7
+METHODS = ("grid", "ncf")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,13 +169,15 @@ def register(
     similarity: str = "lncc",
     grid: int | float | None = None,
     mask: Source | Volume | None = None,
+    method: str = "grid",
     model: str | Path | None = None,
     refine: int | None = None,
     notify: Callable[[StageResult], None] = lambda result: None,
 ) -> Registration:
     """Find the map under which two images are most alike: affine, then a cubic control grid from coarse to fine.
 
-    Or a trained network proposes the map, and the last of the preset's stages refines it.
+    Or a network proposes the map, trained before (`model`) or fitted to the pair (`method="ncf"`); a control grid takes
+    it up, which the last of the preset's stages may refine.
 
     Args:
       fixed, moving: paths of NIfTI files, images of nibabel's, pairs of array and affine (voxel -> RAS mm), or volumes
@@ -185,8 +188,9 @@ def register(
       similarity: a name in `losses.SIMILARITIES`; "nmi" and "mind" are for different modalities.
       grid: control points an axis in the last stage (int), or the length of its cells in mm (float); None for auto.
       mask: labels on the lattice of the fixed image: what is 0 there does not guide the registration.
+      method: "grid" for the preset's stages; "ncf" for a neural correspondence field after the affine start.
       model: folder of a run of `train.py`; its network takes the place of the affine start and of the first stages.
-      refine: steps that follow the network; None: as the run's config says (`refinement.steps`).
+      refine: steps that follow the network; None: none with "ncf", else as the run's config says (`refinement.steps`).
       notify: takes the result of each stage.
 
     Raises:
@@ -195,8 +199,12 @@ def register(
     for name, value, known in (("preset", preset, PRESETS), ("similarity", similarity, SIMILARITIES)):
         if value not in known:
             raise InputError(f"{name} {value!r} is not known: the known ones are {', '.join(known)}")
-    if refine is not None and (model is None or refine < 0):
-        raise InputError(f"refine, {refine}, is a number of steps from 0 that follow a network, and needs a model")
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is not known: the known ones are {', '.join(METHODS)}")
+    if method == "ncf" and model is not None:
+        raise InputError("a model takes the place of the method: leave out one of the two")
+    if refine is not None and ((model is None and method == "grid") or refine < 0):
+        raise InputError(f"refine, {refine}, is a number of steps from 0 that follow a network: give a model or ncf")
     if model is not None and not (isinstance(affine, str) and affine == "auto"):
         raise InputError("a model brings its own alignment: leave affine at 'auto'")
     matrix = given_affine(affine)
@@ -225,6 +233,11 @@ def register(
         start_similarity = "nmi" if similarity in ("nmi", "mind") else "ncc"
         matrix = affine_start.align(fixed_working, moving_working, mask, kind=kind, similarity=start_similarity)
     affine_start.check_overlap(fixed, moving, matrix)
+    if method == "ncf":
+        from gridreg_jax.registration.network import fit_ncf
+
+        displacement = fit_ncf(fixed_working, moving_working, matrix, mask)
+        stages = dataclasses.replace(stages, stages=(dataclasses.replace(stages.stages[-1], steps=refine or 0),))
     seconds = {"start": time.monotonic() - start}
     control_grid, certificate, results = deformable.deform(
         fixed_working,

@@ -88,7 +88,7 @@ def test_registration_begins_with_the_network(pair, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"refine": 5}, "refine, 5, .* needs a model"),
+        ({"refine": 5}, "refine, 5, .* give a model or ncf"),
         ({"refine": -1, "model": "run"}, "number of steps from 0"),
         ({"affine": "rigid", "model": "run"}, "brings its own alignment"),
         ({"model": "nowhere"}, "nowhere: holds no run"),
@@ -105,3 +105,18 @@ def test_a_spline_through_a_displacement():
     control_grid = np.random.default_rng(2).normal(size=(5, 6, 4, 3)).astype(np.float32)
     dense = np.asarray(interpolate(jnp.asarray(control_grid[None]), (12, 9, 15), method="bspline")[0])
     np.testing.assert_allclose(_fitted(dense, (5, 6, 4)), control_grid, atol=1e-4)
+
+
+def test_ncf_finds_a_known_deformation(phantom, lattice):
+    affine, shape = lattice((26, 28, 24), (4.0, 4.0, 4.0), np.eye(3)), (26, 28, 24)
+
+    def true(points_mm):
+        return points_mm + 6 * np.sin(points_mm[..., [1, 2, 0]] / 25 + [0.3, 1, 2])
+
+    body = phantom(seed=2)
+    fixed, moving = body.volume(shape, affine, true), body.volume(shape, affine)
+    found = call(fixed, moving, method="ncf", affine="off", grid=8)
+    assert found.control_grid.shape == (8, 8, 8, 3) and found.certificate.invertible
+    points = np.random.default_rng(0).uniform(-25, 25, (200, 3))
+    errors, before = (np.linalg.norm(end - true(points), axis=-1).mean() for end in (found.map_points(points), points))
+    assert errors < 0.4 * before
