@@ -1,5 +1,7 @@
 """VoxelMorph: sizes, the identity it starts from, its velocities, and agreement with the same network in PyTorch."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,3 +208,39 @@ class TestAgainstPyTorch:
         expected = np.moveaxis(expected.numpy(), 1, -1)
         assert 0.3 < np.abs(expected).max() < 4
         np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_the_authors_package_finds_the_same_displacement(monkeypatch):
+    """voxelmorph 0.2 with PyTorch, the last version that has this network."""
+    torch = pytest.importorskip("torch")
+    for name in ("VXM_BACKEND", "NEURITE_BACKEND"):
+        monkeypatch.setenv(name, "pytorch")
+    # Which it still calls, though Python 3.11 has it no more.
+    monkeypatch.setattr(
+        inspect, "getargspec", lambda function: tuple(inspect.getfullargspec(function)[:4]), raising=False
+    )
+    authors = pytest.importorskip("voxelmorph")
+    if not hasattr(authors, "networks"):
+        pytest.skip("this version of voxelmorph has another network")
+    shape = (32, 48, 32)
+    model, (fixed, moving) = build(**MODELS["voxelmorph"]["fields"]), images(shape)
+    params = init(model, shape)
+    params["params"]["flow"]["kernel"] = 2e3 * params["params"]["flow"]["kernel"]
+    network = authors.networks.VxmDense(inshape=shape).eval()
+    unet = network.unet_model
+    layers = {f"encoder{i}": block[0].main for i, block in enumerate(unet.encoder)}
+    layers |= {f"decoder{i}_0": block[0].main for i, block in enumerate(unet.decoder)}
+    layers |= {f"decoder4_{i}": block.main for i, block in enumerate(unet.remaining)} | {"flow": network.flow}
+    assert layers.keys() == params["params"].keys()
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.weight[:] = torch.tensor(np.array(params["params"][name]["kernel"])).permute(4, 3, 0, 1, 2)
+            layer.bias[:] = torch.tensor(np.array(params["params"][name]["bias"]))
+        pair = (torch.tensor(np.moveaxis(np.array(image), -1, 1)) for image in (moving, fixed))
+        _, expected = network(*pair, registration=True)
+    found = jax.jit(model.apply)(params, fixed, moving).displacement
+    expected = np.moveaxis(expected.numpy(), 1, -1)
+    assert 0.2 < np.abs(expected).max() < 2
+    # Outside, theirs is 0 where ours continues.
+    inside = (slice(None), *(slice(8, -8),) * 3)
+    np.testing.assert_allclose(found[inside], expected[inside], atol=1e-4)
