@@ -186,10 +186,7 @@ def compile_steps(
       InputError: more memory than there is.
     """
     # One after the other: XLA uses all cores for one program, and takes more than a gigabyte while it does.
-    # On the CPU, XLA would order what it runs for more cores than most have, at the cost of a third more memory.
-    on_cpu = jax.default_backend() == "cpu"
-    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if on_cpu else {}
-    compiled = {grid_size: step.lower(state, batch, grid_size).compile(options) for grid_size in grid_sizes}
+    compiled = {grid_size: _compiled(step.lower(state, batch, grid_size)) for grid_size in grid_sizes}
     return_freed_memory()
     needed = {grid_size: bytes_needed(program) for grid_size, program in compiled.items()}
     largest = max(needed, key=needed.get)
@@ -203,6 +200,18 @@ def compile_steps(
             f"a smaller batch_size{or_grid} would need less"
         )
     return compiled, needed[largest]
+
+
+def _compiled(lowered):
+    if jax.default_backend() != "cpu":
+        return lowered.compile()
+    try:
+        # XLA would order what it runs for more cores than most computers have, at the cost of a third more memory.
+        return lowered.compile({"xla_cpu_enable_concurrency_optimized_scheduler": False})
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):  # such options come and go with XLA's versions
+            raise
+        return lowered.compile()
 
 
 def bytes_needed(program) -> int:
