@@ -14,7 +14,7 @@ def share_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give what is freed back to the system, as after compiling: about 100 MiB, which would add to what runs next."""
+    """Give what is freed back to the system."""
     gc.collect()
     libc = _glibc()
     if libc:

@@ -187,6 +187,8 @@ def compile_steps(
     """
     # One after the other: XLA uses all cores for one program, and takes more than a gigabyte while it does.
     compiled = {grid_size: _compiled(step.lower(state, batch, grid_size)) for grid_size in grid_sizes}
+    # What tracing and compiling leave behind, 100 MiB and more, would add to what the steps take.
+    jax.clear_caches()
     return_freed_memory()
     needed = {grid_size: bytes_needed(program) for grid_size, program in compiled.items()}
     largest = max(needed, key=needed.get)
