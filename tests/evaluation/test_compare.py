@@ -14,6 +14,7 @@ TINY = {
     "data.shape": (16, 20, 16),
     "data.evaluation_pairs": (1, 2),
     "grid_sizes": (5,),
+    **{f"augmentation.{name}": 0.0 for name in ("flip", "affine", "shift", "elastic", "contrast", "noise")},
     "steps": 2,
     "val_every": 2,
     "systems": ("gridreg", "voxelmorph_1"),
