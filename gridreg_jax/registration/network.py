@@ -11,6 +11,7 @@ from jaxtyping import Float, Float32
 from gridreg_jax import ncf, rng
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.data.preprocess import Lattice, place
+from gridreg_jax.programs import stored
 from gridreg_jax.registration.deformable import on_lattice
 from gridreg_jax.training.trained import Trained
 from gridreg_jax.transforms.warp import identity_grid, sample
@@ -74,15 +75,15 @@ def fit_ncf(
       mask: where the fixed image counts (values other than 0); None: everywhere.
     """
     images = on_lattice(fixed, moving, mask, matrix, 1)
-    return np.asarray(_fit_ncf(*images, rng.key(0, "ncf"))[0])
+    return np.asarray(_fit_ncf(*images)[0])
 
 
-@jax.jit
-def _fit_ncf(fixed, moving, known, key):
-    return ncf.optimise(fixed, moving, key=key, mask=known)
+@stored
+def _fit_ncf(fixed, moving, known):
+    return ncf.optimise(fixed, moving, key=rng.key(0, "ncf"), mask=known)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "grid_size", "shape"))
+@functools.partial(stored, static_argnames=("model", "grid_size", "shape"))
 def _predict(params, fixed, moving, to_lattice, to_voxels, squared_spacing, *, model, grid_size, shape):
     prediction = model.apply(params, fixed[None, ..., None], moving[None, ..., None], grid_size=grid_size)
     points = jnp.matmul(identity_grid(shape), to_lattice[:, :3].T, precision=jax.lax.Precision.HIGHEST)
