@@ -59,7 +59,7 @@ def _by_slices(x, kernel, stride: int, padding: int):
             slices, kernel, (stride,) * 2, [(padding,) * 2] * 2, dimension_numbers=("NYZC", "YZIO", "NYZC")
         )
 
-    # XLA gathers what a kernel sees three times as fast if the channels come in eights.
+    # XLA takes two thirds of the time to gather and multiply what a kernel sees if the channels come in eights.
     near, count = _near_slices(x, size, stride, padding)
     if channels % VECTOR == 0:
 

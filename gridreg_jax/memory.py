@@ -7,7 +7,7 @@ _M_ARENA_MAX = -8  # malloc.h
 
 
 def share_freed_memory() -> None:
-    """One pool of freed memory for all threads: with one for each, a training holds a sixth more."""
+    """One pool of freed memory for all threads: with one for each, a training holds up to a fifth more."""
     libc = _glibc()
     if libc:
         libc.mallopt(_M_ARENA_MAX, 1)

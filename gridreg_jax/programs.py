@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -16,8 +17,8 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Call
     """`jax.jit`, whose traced programs are kept beside the compiled ones where there is a compilation cache.
 
     The cache of compiled programs is found by what was traced, and tracing a registration takes Python some seconds. A
-    kept program is used as long as this library's source, JAX, the platform, the arguments' shapes and types, and the
-    static arguments are the same.
+    kept program is used as long as this library's source, JAX, Flax, Optax, the platform, the arguments' shapes and
+    types, and the static arguments are the same. A function that runs code from elsewhere must not be stored.
 
     Args:
       function: of arrays and numbers (or trees of them), and of keyword arguments.
@@ -60,7 +61,8 @@ def _kept(path: Path, jitted: Callable, shapes, static: dict) -> Callable:
 
 
 def _digest(function: Callable, key: tuple) -> str:
-    known = function.__module__, function.__qualname__, _sources(), jax.__version__, jax.default_backend(), key[1:]
+    versions = [metadata.version(package) for package in ("jax", "jaxlib", "flax", "optax")]
+    known = function.__module__, function.__qualname__, _sources(), versions, jax.default_backend(), key[1:]
     return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 
 

@@ -203,7 +203,7 @@ def _read(
     try:
         image = source if in_memory else nib.load(path)
         if not in_memory and path.suffix == ".gz" and isinstance(image, nib.Nifti1Image):
-            # Three times as fast as by nibabel, and to the very end, where the checksum is.
+            # To the very end, where the checksum is; nibabel stops at the last voxel.
             image = type(image).from_bytes(igzip.decompress(path.read_bytes()))
         array = np.asanyarray(image.dataobj)
     except Exception as error:  # A damaged file can raise anything: OSError, EOFError, zlib.error, HeaderDataError, …

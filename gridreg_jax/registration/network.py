@@ -1,7 +1,6 @@
 """A network's proposal for two images, trained before or fitted to the two: where the optimisation begins."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,9 @@ def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Pr
     lattice = Lattice(data["shape"], data["spacing"], data["center"])
     (fixed_array, fixed_affine), (moving_array, moving_affine) = (place(volume, lattice) for volume in (fixed, moving))
     to_lattice = np.linalg.inv(fixed_affine) @ like.affine
-    displacement, variance_mm2 = _predict(
+    # An encoder from elsewhere may change; what a stored program knows is this library's source.
+    foreign = ":" in getattr(trained.model, "encoder", "")
+    displacement, variance_mm2 = (_compiled if foreign else _stored)(
         trained.params,
         fixed_array,
         moving_array,
@@ -83,7 +84,6 @@ def _fit_ncf(fixed, moving, known):
     return ncf.optimise(fixed, moving, key=rng.key(0, "ncf"), mask=known)
 
 
-@functools.partial(stored, static_argnames=("model", "grid_size", "shape"))
 def _predict(params, fixed, moving, to_lattice, to_voxels, squared_spacing, *, model, grid_size, shape):
     prediction = model.apply(params, fixed[None, ..., None], moving[None, ..., None], grid_size=grid_size)
     points = jnp.matmul(identity_grid(shape), to_lattice[:, :3].T, precision=jax.lax.Precision.HIGHEST)
@@ -93,3 +93,6 @@ def _predict(params, fixed, moving, to_lattice, to_voxels, squared_spacing, *, m
     if prediction.variance is not None:
         variance_mm2 = jnp.sum(sample(prediction.variance[0], points) * squared_spacing, axis=-1)
     return jnp.matmul(displacement, to_voxels.T, precision=jax.lax.Precision.HIGHEST), variance_mm2
+
+
+_compiled, _stored = (wrap(_predict, static_argnames=("model", "grid_size", "shape")) for wrap in (jax.jit, stored))

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
@@ -120,3 +121,26 @@ def test_ncf_finds_a_known_deformation(phantom, lattice):
     points = np.random.default_rng(0).uniform(-25, 25, (200, 3))
     errors, before = (np.linalg.norm(end - true(points), axis=-1).mean() for end in (found.map_points(points), points))
     assert errors < 0.4 * before
+
+
+class Elsewhere(nn.Module):
+    """As `Known`, with a class of another package for its encoder."""
+
+    encoder: str = "package.module:Class"
+
+    @nn.compact
+    def __call__(self, fixed, moving, *, grid_size, train=False):
+        return Known().apply({}, fixed, moving, grid_size=grid_size)
+
+
+def test_programs_with_code_from_elsewhere_are_not_stored(pair, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        found = propose(dataclasses.replace(known(), model=Elsewhere()), *pair, pair[0]).displacement
+        assert not (tmp_path / "programs").exists()
+        expected = propose(known(), *pair, pair[0]).displacement
+        assert len(list((tmp_path / "programs").iterdir())) == 1
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
