@@ -13,6 +13,7 @@ from gridreg_jax.data.preprocess import Lattice, place
 from gridreg_jax.programs import stored
 from gridreg_jax.registration.deformable import on_lattice
 from gridreg_jax.training.trained import Trained
+from gridreg_jax.transforms.affine import apply_affine
 from gridreg_jax.transforms.warp import identity_grid, sample
 
 
@@ -86,13 +87,12 @@ def _fit_ncf(fixed, moving, known):
 
 def _predict(params, fixed, moving, to_lattice, to_voxels, squared_spacing, *, model, grid_size, shape):
     prediction = model.apply(params, fixed[None, ..., None], moving[None, ..., None], grid_size=grid_size)
-    points = jnp.matmul(identity_grid(shape), to_lattice[:, :3].T, precision=jax.lax.Precision.HIGHEST)
-    points += to_lattice[:, 3]
+    points = apply_affine(identity_grid(shape), to_lattice[:, :3], to_lattice[:, 3])
     displacement = sample(prediction.displacement[0], points)
     variance_mm2 = None
     if prediction.variance is not None:
         variance_mm2 = jnp.sum(sample(prediction.variance[0], points) * squared_spacing, axis=-1)
-    return jnp.matmul(displacement, to_voxels.T, precision=jax.lax.Precision.HIGHEST), variance_mm2
+    return apply_affine(displacement, to_voxels), variance_mm2
 
 
 _compiled, _stored = (wrap(_predict, static_argnames=("model", "grid_size", "shape")) for wrap in (jax.jit, stored))

@@ -23,6 +23,7 @@ from gridreg_jax.programs import stored
 from gridreg_jax.registration import affine as affine_start
 from gridreg_jax.registration import deformable
 from gridreg_jax.registration.deformable import PRESETS, StageResult
+from gridreg_jax.transforms.affine import apply_affine
 from gridreg_jax.transforms.certificate import Certificate
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import identity_grid, sample, warp_labels
@@ -332,7 +333,7 @@ def _at_work(volume: Volume) -> Volume:
 
 
 def _linear(points: Float[Array, "X Y Z 3"], matrix) -> Float[Array, "X Y Z 3"]:
-    return jnp.matmul(points, matrix[:, :3].T, precision=jax.lax.Precision.HIGHEST) + matrix[:, 3]
+    return apply_affine(points, matrix[:, :3], matrix[:, 3])
 
 
 @functools.partial(stored, static_argnames=("shape",))
@@ -342,8 +343,7 @@ def _dense(control_grid, *, shape):
 
 @stored
 def _total(displacement, linear, affine_part):
-    moved = jnp.matmul(displacement, linear.T, precision=jax.lax.Precision.HIGHEST)
-    return moved + _linear(identity_grid(displacement.shape[:3]), affine_part)
+    return apply_affine(displacement, linear) + _linear(identity_grid(displacement.shape[:3]), affine_part)
 
 
 @functools.partial(stored, static_argnames=("labels",))
@@ -380,7 +380,7 @@ def _inverse_slab(coarse, u, step, start, to_voxels, linear, fixed, *, shape):
     lattice = identity_grid(shape).at[..., 0].add(start)
     points = _linear(lattice, to_voxels)
     w = _towards_inverse(sample(coarse, points / step) * step, u, points, FINISHING_ITERATIONS)
-    return jnp.matmul(w, fixed.T, precision=jax.lax.Precision.HIGHEST) + _linear(lattice, linear)
+    return apply_affine(w, fixed) + _linear(lattice, linear)
 
 
 @stored
@@ -388,7 +388,7 @@ def _inverse_error(u, inverse_mm, to_moving, linear, scale):
     """How far from each voxel of a lattice the map and its dense inverse lead (mm), NaN where there is no inverse."""
     lattice = identity_grid(u.shape[:3])
     reached = _linear(lattice + u, to_moving)
-    there = _linear(lattice, linear) + jnp.matmul(u, scale.T, precision=jax.lax.Precision.HIGHEST)
+    there = _linear(lattice, linear) + apply_affine(u, scale)
     error = jnp.linalg.norm(there + sample(inverse_mm, reached), axis=-1)
     inside = jnp.all((reached >= 0) & (reached <= jnp.asarray(inverse_mm.shape[:3]) - 1), axis=-1)
     return jnp.where(inside, error, jnp.nan)

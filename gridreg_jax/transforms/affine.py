@@ -77,11 +77,19 @@ def _nearest_rotation_jvp(primals, tangents):
     return rotation, _dot(rotation, cross)
 
 
+def apply_affine(
+    points: Float[Array, "*P 3"], linear: Float[Array, "3 3"], shift: Float[Array, "3"] | float = 0.0
+) -> Float[Array, "*P 3"]:
+    """`linear @ point + shift` for each of some points, in the precision of float32 on every platform."""
+    # Sums, which XLA fuses with what makes the points and what samples there; the CPU is slow at products so narrow.
+    moved = [sum(points[..., j] * linear[i, j] for j in range(3)) for i in range(3)]
+    return jnp.stack(moved, axis=-1) + shift
+
+
 def affine_displacement(affine: Float[Array, "N 4 4"], shape: tuple[int, int, int]) -> Float[Array, "N X Y Z 3"]:
     """Displacement (voxels) of an affine from voxels to voxels."""
     change = affine[:, :3] - jnp.eye(4)[:3]
-    grid = identity_grid(shape)
-    return jnp.einsum("nij,xyzj->nxyzi", change[:, :, :3], grid, precision=_HIGHEST) + change[:, None, None, None, :, 3]
+    return jax.vmap(lambda one: apply_affine(identity_grid(shape), one[:, :3], one[:, 3]))(change)
 
 
 def _shares(points: Points, weights) -> Float[Array, "N K 1"]:

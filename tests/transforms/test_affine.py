@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from gridreg_jax.transforms.affine import affine_displacement, fit_affine, fit_rigid, nearest_rotation
+from gridreg_jax.transforms.affine import affine_displacement, apply_affine, fit_affine, fit_rigid, nearest_rotation
 from gridreg_jax.transforms.warp import identity_grid
 
 FITS = {"affine": fit_affine, "rigid": fit_rigid}
@@ -31,6 +31,13 @@ def as_float32(*arrays):
 
 def apply(affine, points):
     return np.einsum("nij,nkj->nki", affine[:, :3, :3], points) + np.asarray(affine)[:, None, :3, 3]
+
+
+def test_points_are_mapped_as_by_a_product_of_matrices():
+    rng = np.random.default_rng(0)
+    points, linear, shift = rng.normal(size=(4, 5, 3)), rng.normal(size=(3, 3)), rng.normal(size=3)
+    found = apply_affine(*as_float32(points, linear, shift))
+    np.testing.assert_allclose(found, points @ linear.T + shift, atol=1e-5)
 
 
 @weighted
