@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--mask", metavar="FILE", help="on the fixed image's lattice: what is 0 there does not count")
     command.add_argument(
-        "--method", default="grid", metavar="NAME", help="grid (default), or ncf: a small network fitted to the pair"
+        "--method", default="grid", metavar="NAME", help="grid (default), velocity, symmetric, or ncf (a small network)"
     )
     command.add_argument("--model", metavar="WORKDIR", help="run of train.py whose network proposes the map")
     command.add_argument(

@@ -11,10 +11,15 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map
 from gridreg_jax.transforms.bspline import jacobian_determinant_on_lattice
 from gridreg_jax.transforms.interpolation import interpolate
-from gridreg_jax.transforms.warp import warp
+from gridreg_jax.transforms.warp import integrate, warp
 
 # Voxels an axis of the box in which intensities are correlated: small, so that thin structures count.
 WINDOW = 5
+# What a control grid can stand for: displacements; or a stationary velocity, with the similarity of the fixed and the
+# warped moving image, or also that of the moving image and the fixed one under the inverse.
+METHODS = ("grid", "velocity", "symmetric")
+# Of a velocity at half the resolution.
+SQUARINGS = 6
 # Jacobian determinants below this are penalised: above 0, since between the voxels they are lower still.
 MARGIN = 0.25
 
@@ -31,6 +36,7 @@ def refine_recorded(
     similarity: str = "lncc",
     mask: Shaped[Array, "N X Y Z"] | None = None,
     folding: float | Float[Array, ""] | None = None,
+    method: str = "grid",
 ) -> tuple[Float[Array, "N gx gy gz 3"], Float[Array, "steps N"]]:
     """Lower `similarity(fixed, warped) + bending * bending energy` by Adam, from a control grid that is good already.
 
@@ -46,31 +52,55 @@ def refine_recorded(
       similarity: a name in `losses.SIMILARITIES`; "lncc" with windows of `WINDOW` voxels.
       mask: weight of each voxel in the similarity.
       folding: weight of the mean square by which Jacobian determinants at the voxels fall short of `MARGIN`; None for
-        no such term. For the cubic spline only.
+        no such term. For the cubic spline, and displacements, only.
+      method: a name in `METHODS`.
 
     Returns:
       The control grid, and the similarity before each step.
 
     Raises:
-      InputError: `folding` with another interpolator.
+      InputError: `folding` with another interpolator, or with a velocity.
 
-    Source: instance-specific optimisation, Balakrishnan et al., IEEE Trans. Med. Imaging 2019.
+    Source: instance-specific optimisation, Balakrishnan et al., IEEE Trans. Med. Imaging 2019; velocities, Ashburner,
+    NeuroImage 2007; both directions, Avants et al., Medical Image Analysis 2008.
     """
-    if folding is not None and interpolator != "bspline":
-        raise InputError(f"the penalty on folding needs the cubic spline, not {interpolator!r}")
+    if folding is not None and (interpolator != "bspline" or method != "grid"):
+        raise InputError(
+            f"the penalty on folding needs the cubic spline of displacements, not {interpolator!r} and {method!r}"
+        )
     shape = fixed.shape[1:4]
     options = {"window": WINDOW} if similarity == "lncc" else {}
 
     def loss(grid):
-        displacement = interpolate(grid, shape, method=interpolator)
+        field = interpolate(grid, shape, method=interpolator)
+        displacement = field if method == "grid" else flow(grid, shape, method=interpolator)
         unlike = SIMILARITIES[similarity](fixed, warp(moving, displacement), mask=mask, **options)
-        penalty = bending * bending_energy_of_map(displacement, grid, interpolator)
+        if method == "symmetric":
+            back = warp(fixed, flow(-grid, shape, method=interpolator))
+            unlike = (unlike + SIMILARITIES[similarity](moving, back, mask=mask, **options)) / 2
+        penalty = bending * bending_energy_of_map(field, grid, interpolator)
         if folding is not None:
             shortfall = jnp.maximum(MARGIN - jacobian_determinant_on_lattice(grid, shape), 0)
             penalty += folding * jnp.mean(shortfall**2, axis=(1, 2, 3))
         return jnp.sum(unlike + penalty), unlike
 
     return descend(loss, control_grid, steps=steps, learning_rate=learning_rate)
+
+
+def flow(
+    control_grid: Float[Array, "N gx gy gz 3"], shape: tuple[int, int, int], *, method: str = "bspline"
+) -> Float[Array, "N X Y Z 3"]:
+    """Displacement (voxels) at time 1 of the flow of the stationary velocity that a control grid stands for.
+
+    Integrated on a lattice of half the resolution with the same corners, by scaling and squaring; `-control_grid` has
+    the inverse.
+
+    Source: Arsigny et al., MICCAI 2006.
+    """
+    half = tuple(-(-size // 2) for size in shape)
+    steps = jnp.maximum(jnp.asarray(shape) - 1, 1) / jnp.maximum(jnp.asarray(half) - 1, 1)
+    displacement = integrate(interpolate(control_grid / steps, half, method=method), steps=SQUARINGS)
+    return interpolate(displacement * steps, shape)
 
 
 def refine(

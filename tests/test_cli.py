@@ -136,7 +136,7 @@ MISTAKES = {
         "other_points.csv and .*points.csv have no id in common",
     ),
     "no run": (f"{PAIR} --model nowhere", "nowhere: holds no run"),
-    "an unknown method": (f"{PAIR} --method sift", "method 'sift' is not known: the known ones are grid, ncf"),
+    "an unknown method": (f"{PAIR} --method sift", "method 'sift' is not known: the known ones are grid, vel"),
     "a model and a method": (f"{PAIR} --method ncf --model run", "a model takes the place of the method"),
     "refinement of nothing": (f"{PAIR} --refine 5", "refine, 5, .* give a model or ncf"),
     "points that are not there": (f"{PAIR} --fixed-points none.csv", "none.csv: cannot be read"),

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from gridreg_jax.errors import InputError
-from gridreg_jax.instance import refine, refine_recorded
+from gridreg_jax.instance import flow, refine, refine_recorded
 from gridreg_jax.losses import SIMILARITIES
 from gridreg_jax.transforms.bspline import jacobian_determinant_on_lattice
 from gridreg_jax.transforms.interpolation import INTERPOLATORS, interpolate
-from gridreg_jax.transforms.warp import warp
+from gridreg_jax.transforms.warp import compose, identity_grid, warp
 
 SHAPE, GRID = (20, 24, 18), (5, 5, 5)
 OPTIONS = dict(bending=1.0, learning_rate=0.1)
@@ -73,5 +73,34 @@ def test_the_penalty_on_folding_unfolds():
     plain, penalised = (refine(folded, fixed, moving, folding=weight, **options) for weight in (None, 100.0))
     without, after = (jacobian_determinant_on_lattice(found, SHAPE).min() for found in (plain, penalised))
     assert before < 0 < without + 0.1 < after
-    with pytest.raises(InputError, match="needs the cubic spline, not 'trilinear'"):
-        refine(folded, fixed, moving, folding=1.0, **(options | {"interpolator": "trilinear"}))
+    for wrong in ({"interpolator": "trilinear"}, {"method": "velocity"}):
+        with pytest.raises(InputError, match="needs the cubic spline of displacements, not"):
+            refine(folded, fixed, moving, folding=1.0, **(options | wrong))
+
+
+def test_the_flow_of_a_linear_velocity_is_an_exponential():
+    center, rates = (np.array(SHAPE) - 1) / 2, np.array([-0.3, -0.1, -0.6])
+    corners = np.stack(np.meshgrid(*([0, size - 1] for size in SHAPE), indexing="ij"), axis=-1)
+    velocity = jnp.asarray(rates * (corners - center), jnp.float32)
+    found = flow(velocity[None], SHAPE, method="trilinear")[0]
+    # 64 Euler steps in place of the exponential.
+    np.testing.assert_allclose(found, np.expm1(rates) * (identity_grid(SHAPE) - center), atol=0.02, rtol=0.01)
+
+
+def test_the_flow_of_the_negative_velocity_is_the_inverse():
+    _, _, control_grid = pair(0)
+    forth, back = flow(control_grid, SHAPE), flow(-control_grid, SHAPE)
+    inside = (slice(None), *[slice(4, -4)] * 3)
+    assert jnp.abs(compose(forth, back)[inside]).mean() < 0.02 * jnp.abs(forth[inside]).mean()
+
+
+def test_symmetric_means_that_the_order_of_the_images_does_not_matter():
+    fixed, moving, control_grid = pair(0)
+    options = dict(steps=5, interpolator="bspline", **OPTIONS)
+    found, swapped = (
+        refine(0 * control_grid, *images, method="symmetric", **options)
+        for images in ((fixed, moving), (moving, fixed))
+    )
+    np.testing.assert_allclose(found, -swapped, atol=1e-3)
+    one_way = refine(0 * control_grid, moving, fixed, method="velocity", **options)
+    assert jnp.abs(found + one_way).max() > 0.05

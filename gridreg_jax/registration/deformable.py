@@ -17,12 +17,12 @@ from gridreg_jax import geometry
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.data.preprocess import resample
 from gridreg_jax.errors import InputError
-from gridreg_jax.instance import refine_recorded
+from gridreg_jax.instance import flow, refine_recorded
 from gridreg_jax.programs import stored
 from gridreg_jax.registration.affine import corner_to_corner
 from gridreg_jax.transforms import bspline
 from gridreg_jax.transforms.certificate import Certificate, certify
-from gridreg_jax.transforms.interpolation import axis_weights
+from gridreg_jax.transforms.interpolation import axis_weights, interpolate
 
 # Voxels of the finest lattice: 2 mm for a brain of 1 mm.
 BUDGET = 750_000
@@ -105,9 +105,10 @@ def deform(
     similarity: str = "lncc",
     grid: int | float | None = None,
     mask: Volume | None = None,
+    method: str = "grid",
     start: Float[np.ndarray, "X Y Z 3"] | None = None,
     notify: Callable[[StageResult], None] = lambda result: None,
-) -> tuple[Float[np.ndarray, "gx gy gz 3"], Certificate, list[StageResult]]:
+) -> tuple[Float[np.ndarray, "gx gy gz 3"], Certificate, list[StageResult], float | None]:
     """The control grid u for which `moving(matrix(x + u(x)))` is most like `fixed(x)`.
 
     Args:
@@ -119,12 +120,14 @@ def deform(
       grid: for the last stage, the number of control points an axis (int), or the length of a cell in mm (float);
         None for the preset's.
       mask: where the fixed image counts (values other than 0); None: everywhere.
-      start: u to begin with, in voxels of `fixed` at its voxels; None: 0.
+      method: a name in `instance.METHODS`. With a velocity, the control grid returned is the closest to its flow.
+      start: u to begin with, in voxels of `fixed` at its voxels; None: 0. Not with a velocity.
       notify: takes the result of each stage when it ends.
 
     Returns:
-      The control grid in voxels of `fixed`; what is proven about it; what each stage did. Where the map is not proven
-      to be invertible, control points are smoothed; the certificate says whether that was enough.
+      The control grid in voxels of `fixed`; what is proven about it; what each stage did; and by how much (root mean
+      square, mm) the grid departs from the flow of a velocity, else None. Where the map is not proven to be invertible,
+      control points are smoothed; the certificate says whether that was enough.
 
     Raises:
       InputError: a control grid that is too coarse or too fine for the image.
@@ -135,16 +138,22 @@ def deform(
     for stage in preset.stages:
         if stage.coarsening not in images:
             images[stage.coarsening] = on_lattice(fixed, moving, mask, matrix, stage.coarsening)
-        control_grid, result = _run(control_grid, shape, images[stage.coarsening], stage, cells, similarity)
+        control_grid, result = _run(control_grid, shape, images[stage.coarsening], stage, cells, similarity, method)
         results.append(result)
         notify(result)
+    target = None if method == "grid" else np.asarray(_flow(control_grid[None], shape)[0])
+    if target is not None:
+        control_grid = _fitted(target, control_grid.shape[:3])
     certificate = certify(control_grid, shape)
     for _ in range(SMOOTHINGS):
         if certificate.invertible:
             break
         control_grid = _smoothed(control_grid, certificate.cells)
         certificate = certify(control_grid, shape)
-    return control_grid, certificate, results
+    if target is None:
+        return control_grid, certificate, results, None
+    departure_mm = (_dense(control_grid[None], shape)[0] - target) * geometry.spacing(fixed.affine)
+    return control_grid, certificate, results, float(np.sqrt(np.mean(np.sum(departure_mm**2, axis=-1))))
 
 
 def last_cells(fixed: Volume, preset: Preset, grid: int | float | None) -> Sequence[int]:
@@ -190,7 +199,7 @@ def on_lattice(fixed: Volume, moving: Volume, mask: Volume | None, matrix, coars
     return *(image[None, ..., None] for image in images), known[None]
 
 
-def _run(control_grid, shape, images, stage: Stage, cells: Sequence[int], similarity: str):
+def _run(control_grid, shape, images, stage: Stage, cells: Sequence[int], similarity: str, method: str):
     """A stage, from a control grid (or None) in voxels of the lattice `shape` to another one, with what it did."""
     grid_size, lattice = _grid_size(cells, stage), images[0].shape[1:4]
     if control_grid is None:
@@ -202,19 +211,21 @@ def _run(control_grid, shape, images, stage: Stage, cells: Sequence[int], simila
         _rescaled(control_grid, shape, lattice)[None],
         *images,
         scale * stage.bending,
-        scale * FOLDING,
+        scale * FOLDING if method == "grid" else None,
         steps=stage.steps,
         similarity=similarity,
+        method=method,
     )
     similarities = tuple(float(value) for value in np.asarray(history)[:, 0])
     return _rescaled(np.asarray(found)[0], lattice, shape), StageResult(grid_size, lattice, similarities)
 
 
-_halved = jax.jit(bspline.refine, static_argnums=1)
+_bspline = functools.partial(interpolate, method="bspline")
+_halved, _flow, _dense = (jax.jit(function, static_argnums=1) for function in (bspline.refine, flow, _bspline))
 
 
-@functools.partial(stored, static_argnames=("steps", "similarity"))
-def _fit(control_grid, fixed, moving, mask, bending, folding, *, steps, similarity):
+@functools.partial(stored, static_argnames=("steps", "similarity", "method"))
+def _fit(control_grid, fixed, moving, mask, bending, folding, *, steps, similarity, method):
     return refine_recorded(
         control_grid,
         fixed,
@@ -226,6 +237,7 @@ def _fit(control_grid, fixed, moving, mask, bending, folding, *, steps, similari
         similarity=similarity,
         mask=mask,
         folding=folding,
+        method=method,
     )
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Num
 
-from gridreg_jax import geometry
+from gridreg_jax import geometry, instance
 from gridreg_jax.data import nifti
 from gridreg_jax.data.nifti import Source, Volume
 from gridreg_jax.data.preprocess import normalise, resample
@@ -33,7 +33,7 @@ SLAB = 2_000_000
 # Of the search for the inverse: coarse, then fine, or for single points; and the share of each step that is taken.
 INVERSE_ITERATIONS, FINISHING_ITERATIONS, POINT_ITERATIONS = 12, 3, 100
 RELAXATION = 0.7
-METHODS = ("grid", "ncf")
+METHODS = (*instance.METHODS, "ncf")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +49,8 @@ class Registration:
       fixed_working, moving_working: the images as they were compared, normalised, on their finest lattices.
       sigma_mm: where a Bayesian network began, its standard deviation of the displacement, on the lattice of
         `fixed_working`; else None.
+      flow_error_mm: where the stages fitted a velocity, how far (root mean square) the control grid is from its flow;
+        else None.
       seconds: what the affine start or the network ("start") and the deformable part ("deformation") took.
     """
 
@@ -61,6 +63,7 @@ class Registration:
     fixed_working: Volume
     moving_working: Volume
     sigma_mm: Float32[np.ndarray, "x y z"] | None
+    flow_error_mm: float | None
     seconds: dict[str, float]
 
     @functools.cached_property
@@ -189,7 +192,9 @@ def register(
       similarity: a name in `losses.SIMILARITIES`; "nmi" and "mind" are for different modalities.
       grid: control points an axis in the last stage (int), or the length of its cells in mm (float); None for auto.
       mask: labels on the lattice of the fixed image: what is 0 there does not guide the registration.
-      method: "grid" for the preset's stages; "ncf" for a neural correspondence field after the affine start.
+      method: what the preset's stages fit: "grid", displacements of control points; "velocity", a stationary velocity,
+        whose flow a control grid takes up; "symmetric", the same, with the similarity measured both ways. Or "ncf", a
+        neural correspondence field, in place of the stages.
       model: folder of a run of `train.py`; its network takes the place of the affine start and of the first stages.
       refine: steps that follow the network; None: none with "ncf", else as the run's config says (`refinement.steps`).
       notify: takes the result of each stage.
@@ -202,9 +207,9 @@ def register(
             raise InputError(f"{name} {value!r} is not known: the known ones are {', '.join(known)}")
     if method not in METHODS:
         raise InputError(f"method {method!r} is not known: the known ones are {', '.join(METHODS)}")
-    if method == "ncf" and model is not None:
+    if method != "grid" and model is not None:
         raise InputError("a model takes the place of the method: leave out one of the two")
-    if refine is not None and ((model is None and method == "grid") or refine < 0):
+    if refine is not None and ((model is None and method != "ncf") or refine < 0):
         raise InputError(f"refine, {refine}, is a number of steps from 0 that follow a network: give a model or ncf")
     if model is not None and not (isinstance(affine, str) and affine == "auto"):
         raise InputError("a model brings its own alignment: leave affine at 'auto'")
@@ -240,7 +245,7 @@ def register(
         displacement = fit_ncf(fixed_working, moving_working, matrix, mask)
         stages = dataclasses.replace(stages, stages=(dataclasses.replace(stages.stages[-1], steps=refine or 0),))
     seconds = {"start": time.monotonic() - start}
-    control_grid, certificate, results = deformable.deform(
+    control_grid, certificate, results, flow_error_mm = deformable.deform(
         fixed_working,
         moving_working,
         matrix,
@@ -248,6 +253,7 @@ def register(
         similarity=similarity,
         grid=grid,
         mask=mask,
+        method="grid" if method == "ncf" else method,
         start=displacement,
         notify=notify,
     )
@@ -263,6 +269,7 @@ def register(
         fixed_working,
         moving_working,
         sigma_mm,
+        flow_error_mm,
         seconds,
     )
 

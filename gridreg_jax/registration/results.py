@@ -209,6 +209,8 @@ def _compare(registration: Registration) -> tuple[dict, dict]:
         },
         "seconds": registration.seconds,
     }
+    if registration.flow_error_mm is not None:
+        numbers["flow_error_mm"] = registration.flow_error_mm
     volumes |= {"fixed": fixed.array, "determinant": np.pad(np.asarray(determinant), 1, mode="edge")}
     if registration.sigma_mm is not None:
         volumes["sigma_mm"] = registration.sigma_mm

@@ -40,9 +40,10 @@ def known(phantom, lattice):
     return fixed, body.volume(SHAPE, affine), affine
 
 
-def test_a_known_smooth_deformation_is_found(known):
+@pytest.mark.parametrize("method", ["grid", "symmetric"])
+def test_a_known_smooth_deformation_is_found(known, method):
     fixed, moving, affine = known
-    control_grid, certificate, stages = deform(fixed, moving, np.eye(4), preset=QUICK)
+    control_grid, certificate, stages, flow_error_mm = deform(fixed, moving, np.eye(4), preset=QUICK, method=method)
     matrices = [axis_weights("bspline", g, n) for g, n in zip(control_grid.shape[:3], SHAPE, strict=True)]
     found_mm = 3.0 * np.einsum("ai,bj,ck,ijkd->abcd", *matrices, control_grid, optimize=True)
     voxels = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), axis=-1)
@@ -53,6 +54,8 @@ def test_a_known_smooth_deformation_is_found(known):
     assert certificate.invertible
     assert [stage.grid_size for stage in stages] == [(7, 7, 7), (11, 11, 11)]
     assert all(stage.similarity[-1] < stage.similarity[0] for stage in stages)
+    assert (flow_error_mm is None) == (method == "grid")
+    assert method == "grid" or 0 < flow_error_mm < 0.3
 
 
 def test_a_map_that_folds_is_mended(known, monkeypatch):
@@ -60,10 +63,10 @@ def test_a_map_that_folds_is_mended(known, monkeypatch):
     careless = Preset(2.0, (Stage(1, 0, 40, 1e-4),))
     other = dataclasses.replace(fixed, array=np.ascontiguousarray(fixed.array[::-1, ::-1]))
     monkeypatch.setattr(deformable, "SMOOTHINGS", 0)
-    _, certificate, _ = deform(other, moving, np.eye(4), preset=careless)
+    _, certificate, *_ = deform(other, moving, np.eye(4), preset=careless)
     assert not certificate.invertible, "nothing to mend: the test shows nothing"
     monkeypatch.undo()
-    _, certificate, _ = deform(other, moving, np.eye(4), preset=careless)
+    _, certificate, *_ = deform(other, moving, np.eye(4), preset=careless)
     assert certificate.invertible
 
 
@@ -71,7 +74,7 @@ def test_a_map_that_folds_is_mended(known, monkeypatch):
 def test_the_last_control_grid_can_be_chosen(known, grid, size):
     fixed, moving, _ = known
     stage = dataclasses.replace(QUICK.stages[0], halvings=0, steps=1)
-    control_grid, _, _ = deform(fixed, moving, np.eye(4), preset=Preset(4.0, (stage,)), grid=grid)
+    control_grid, *_ = deform(fixed, moving, np.eye(4), preset=Preset(4.0, (stage,)), grid=grid)
     assert control_grid.shape[:3] == size
 
 

@@ -27,7 +27,9 @@ def text():
     control_grid = np.zeros((4, 4, 4, 3))
     stages = (StageResult((4, 4, 4), SHAPE, (0.9, 0.7, 0.6)), StageResult((5, 5, 5), SHAPE, (0.5, 0.4)))
     certificate = certify(control_grid, SHAPE)
-    registration = Registration(volume, volume, np.eye(4), control_grid, certificate, stages, volume, volume, None, {})
+    registration = Registration(
+        volume, volume, np.eye(4), control_grid, certificate, stages, volume, volume, None, None, {}
+    )
     planes = {"fixed": 1.0, "before": 0.1, "affine": 0.3, "after": 0.6, "determinant": 1.0, "sigma_mm": 2.0}
     metrics = {"command": "gridreg register --out 'a & b'", "certificate": {"text": str(certificate)}, "version": "1"}
     return page(registration, metrics, {name: np.full(SHAPE, value) for name, value in planes.items()})
