@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
     config.refinement.bending = 10.0  # per squared voxel
     config.refinement.learning_rate = 0.1  # voxels
 
-    config.grid_sizes = (5, 8, 10, 15)  # control points an axis; () for a model that predicts no control grid
+    config.grid_sizes = (5, 8, 10, 15)  # control points an axis, drawn as often as listed; () for a model without
     config.batch_size = 1
     config.start = ""  # workdir of a run, with whose parameters this one begins
     config.steps = 360

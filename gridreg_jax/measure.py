@@ -30,7 +30,7 @@ OF_THE_UNCERTAINTY = ("sigma_error_spearman",)
 
 def candidates(grid_sizes: Iterable[int]) -> list[GridSize]:
     """The control grids that a config's `grid_sizes` stand for, coarse to fine; without any, None alone."""
-    return [(size,) * 3 for size in sorted(grid_sizes)] or [None]
+    return [(size,) * 3 for size in sorted(set(grid_sizes))] or [None]
 
 
 def make_predict(model: nn.Module, *, refinement: dict | None = None) -> Callable:
@@ -140,7 +140,7 @@ def coarsest_sufficient(
     def choose(batch):
         before = similarity(batch["fixed"], batch["moving"])[0]
         gains = {}
-        for size in sorted(grid_sizes):
+        for size in sorted(set(grid_sizes)):
             warped = predict(params, batch, (size,) * 3)["warped"]
             gains[size] = float(before - similarity(batch["fixed"], warped)[0])
         best = max(gains.values())

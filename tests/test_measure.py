@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import pytest
 
 from gridreg_jax.losses import mse
-from gridreg_jax.measure import coarsest_sufficient
+from gridreg_jax.measure import candidates, coarsest_sufficient
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,8 @@ def test_the_coarsest_grid_that_keeps_the_gain_is_chosen(errors, expected):
         return {"warped": image + errors[grid_size[0]] ** 0.5}
 
     assert coarsest_sufficient(predict, None, (15, 5, 10, 8), mse)(batch) == (expected,) * 3
+
+
+def test_a_size_that_is_drawn_more_often_is_one_candidate():
+    assert candidates((15, 5, 15, 8)) == [(5, 5, 5), (8, 8, 8), (15, 15, 15)]
+    assert candidates(()) == [None]

@@ -27,7 +27,7 @@ from gridreg_jax.measure import (
     summarise,
 )
 from gridreg_jax.models import has_control_grid
-from gridreg_jax.training.trained import load_trained
+from gridreg_jax.training.trained import in_use, load_trained
 from gridreg_jax.training.writers import read_metrics
 
 
@@ -81,7 +81,8 @@ def evaluate(
     if grid_size == "auto":
         similarity = SIMILARITIES[config["loss"]["similarity"]]
         choice = coarsest_sufficient(predict, trained.params, config["grid_sizes"], similarity)
-    measured = measure(predict, trained.params, dataset, dataset.pairs["test"], choice, thorough=True)
+    with in_use(workdir):
+        measured = measure(predict, trained.params, dataset, dataset.pairs["test"], choice, thorough=True)
     about = {"refinement_steps": refinement["steps"]}
     summary = _write(out, measured, dataset, grid_size, about, pictures, notify)
     lines = read_metrics(workdir)

@@ -226,11 +226,12 @@ def register(
     if model is not None:
         # Imported here: most registrations have no network.
         from gridreg_jax.registration.network import propose
-        from gridreg_jax.training.trained import load_trained
+        from gridreg_jax.training.trained import in_use, load_trained
 
         trained = load_trained(model, notify=lambda line: None)
         start = time.monotonic()
-        proposal = propose(trained, fixed, moving, fixed_working)
+        with in_use(model):
+            proposal = propose(trained, fixed, moving, fixed_working)
         matrix, displacement, sigma_mm = proposal.matrix, proposal.displacement, proposal.sigma_mm
         steps = trained.config["refinement"]["steps"] if refine is None else refine
         stages = dataclasses.replace(stages, stages=(dataclasses.replace(stages.stages[-1], steps=steps),))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
 from gridreg_jax.errors import InputError
@@ -90,10 +91,28 @@ class Checkpoints:
         Raises:
           InputError: none can be read.
         """
+        return self._first(lambda step, config: self._checkpointer.load(step, state_shapes(config)), order, notify)
+
+    def restore_params(
+        self, sharding: jax.sharding.Sharding, *, order: list[int], notify: Callable[[str], None]
+    ) -> tuple[int, Any, dict, dict | None]:
+        """As `restore`, but the state's parameters alone, as they were saved: no network has to say what they are."""
+
+        def load(step: int, config: dict):
+            saved = ocp.metadata(self._folder / str(step)).metadata
+            wanted = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, saved)
+            wanted["params"] = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), saved["params"]
+            )
+            return self._checkpointer.load(step, wanted)["params"]
+
+        return self._first(load, order, notify)
+
+    def _first(self, load: Callable[[int, dict], Any], order: list[int], notify: Callable[[str], None]):
         for step in order:
             try:
                 config, chosen = self.info(step)
-                return step, self._checkpointer.load(step, state_shapes(config)), config, chosen
+                return step, load(step, config), config, chosen
             except InputError:
                 raise
             except Exception as error:  # Orbax raises whatever its readers meet in a damaged folder.

@@ -225,7 +225,7 @@ def _params_of(workdir: str, state, notify: Callable[[str], None]):
 
 def _compile(train_step: Callable, state, batch: dict, grid_sizes: tuple, notify) -> dict[GridSize, Callable]:
     began = time.perf_counter()
-    notify("compiling" + (f" for grid sizes {', '.join(map(str, grid_sizes))}" if grid_sizes else ""))
+    notify("compiling" + (f" for grid sizes {', '.join(map(str, sorted(set(grid_sizes))))}" if grid_sizes else ""))
     steps, needed = compile_steps(train_step, state, batch, candidates(grid_sizes))
     memory = f"; a step needs {needed / 2**20:.0f} MiB a device" if needed else ""
     notify(f"compiled in {time.perf_counter() - began:.0f} s{memory}")

@@ -1,12 +1,14 @@
 """What a run has trained, for those who use it."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.errors import FlaxError
 
 from gridreg_jax.errors import InputError
 from gridreg_jax.measure import GridSize, candidates
@@ -32,8 +34,18 @@ class Trained:
     grid_size: GridSize
 
 
+@contextlib.contextmanager
+def in_use(workdir: str | Path) -> Iterator[None]:
+    """Around the use of a run's network: raises `InputError` where the run's parameters are not those of its model."""
+    try:
+        yield
+    except FlaxError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{workdir}: parameters of another version, which do not fit the model ({reason})") from error
+
+
 def load_trained(workdir: str | Path, *, notify: Callable[[str], None]) -> Trained:
-    """The best checkpoint of a run that can be read.
+    """The best checkpoint of a run that can be read; to be used within `in_use`.
 
     Args:
       workdir: of a run of `train.py`.
@@ -50,10 +62,8 @@ def load_trained(workdir: str | Path, *, notify: Callable[[str], None]) -> Train
             raise InputError(f"{workdir}: the run has no checkpoint yet")
         order = [best] + [step for step in reversed(checkpoints.steps()) if step != best]
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        _, state, config, chosen = checkpoints.restore(
-            lambda config: build_run(config).state_shapes(device), order=order, notify=notify
-        )
+        _, params, config, chosen = checkpoints.restore_params(device, order=order, notify=notify)
     grid_size = candidates(config["grid_sizes"])[0]
     if chosen and chosen["grid_size"]:
         grid_size = tuple(chosen["grid_size"])
-    return Trained(build_run(config).model, state.params, config, grid_size)
+    return Trained(build_run(config).model, params, config, grid_size)

@@ -12,6 +12,7 @@ from flax import linen as nn
 from gridreg_jax import geometry
 from gridreg_jax.data.preprocess import Lattice, lattice_affine
 from gridreg_jax.errors import InputError
+from gridreg_jax.models import build
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.registration import register as call
 from gridreg_jax.registration.network import propose
@@ -69,6 +70,13 @@ def test_the_proposal_is_the_networks_map_in_world_space(pair):
     found = geometry.voxel_to_world(points_mm, proposal.matrix)
     np.testing.assert_allclose(found, expected(pair, geometry.voxel_to_world(voxels, pair[0].affine)), atol=1e-3)
     np.testing.assert_allclose(proposal.sigma_mm, 0.5 * SPACING[0], rtol=1e-5)
+
+
+def test_a_run_of_another_version_is_named(pair, monkeypatch):
+    other = dataclasses.replace(known(), model=build("gridreg", levels=4), params={"params": {}})
+    monkeypatch.setattr(trained, "load_trained", lambda workdir, notify: other)
+    with pytest.raises(InputError, match="run: parameters of another version, which do not fit"):
+        call(*pair, model="run")
 
 
 def test_registration_begins_with_the_network(pair, monkeypatch):

@@ -133,6 +133,18 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_notice(tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+def test_parameters_come_back_without_their_shapes_being_known(tmp_path, damage):
+    save(tmp_path, [0.5, 0.4])
+    damage(tmp_path / "checkpoints" / "2")
+    notices, device = [], jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    with Checkpoints(tmp_path) as checkpoints:
+        step, params, config, chosen = checkpoints.restore_params(device, order=[2, 1], notify=notices.append)
+    assert step == 1 and config == CONFIG and chosen["score"] == 0.5 and len(notices) == 1
+    assert params.keys() == {"kernel"} and params["kernel"].devices() == {jax.devices()[1]}
+    np.testing.assert_array_equal(params["kernel"], state(1)["params"]["kernel"])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_the_steps_there_are_can_be_listed_and_restored_whatever_is_damaged(tmp_path, damage):
     save(tmp_path, [0.1, 0.2, 0.3])
     damage(tmp_path / "checkpoints" / "3")
