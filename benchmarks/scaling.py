@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.versus_torch import NUM_LABELS, cpu_model, make_batch, weights
 from gridreg_jax.measure import make_predict
-from gridreg_jax.training.step import build_run, bytes_needed, make_train_step, shard
+from gridreg_jax.training.step import build_run, bytes_needed, compile_steps, make_train_step, shard
 
 
 def measure(size: int, grid: int, repeats: int) -> dict:
@@ -33,7 +33,7 @@ def measure(size: int, grid: int, repeats: int) -> dict:
     step = make_train_step(run.model, run.optimizer, seed=0, loss=loss, augmentation={})
     batch = make_batch(shape)
     state, sharded = run.init_state(), shard(batch)
-    compiled = step.lower(state, sharded, run.grid_size).compile()
+    compiled = compile_steps(step, state, sharded, [run.grid_size])[0][run.grid_size]
     images = jax.device_put({name: batch[name] for name in ("fixed", "moving")})
     params = jax.device_put(jax.device_get(state.params))
     predict = make_predict(run.model)

@@ -74,7 +74,8 @@ def get_config() -> ConfigDict:
 
     config.refinement = ConfigDict()  # instance optimisation in the evaluation, see `gridreg_jax.instance`
     config.refinement.steps = 0
-    config.refinement.bending = 10.0  # per squared voxel
+    config.refinement.bending = 10.0  # per squared voxel, of the change
+    config.refinement.folding = 100.0  # of Jacobian determinants below 0.25, with the cubic spline
     config.refinement.learning_rate = 0.1  # voxels
 
     config.grid_sizes = (5, 8, 10, 15)  # control points an axis, drawn as often as listed; () for a model without

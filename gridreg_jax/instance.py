@@ -37,6 +37,7 @@ def refine_recorded(
     mask: Shaped[Array, "N X Y Z"] | None = None,
     folding: float | Float[Array, ""] | None = None,
     method: str = "grid",
+    from_start: bool = False,
 ) -> tuple[Float[Array, "N gx gy gz 3"], Float[Array, "steps N"]]:
     """Lower `similarity(fixed, warped) + bending * bending energy` by Adam, from a control grid that is good already.
 
@@ -54,6 +55,8 @@ def refine_recorded(
       folding: weight of the mean square by which Jacobian determinants at the voxels fall short of `MARGIN`; None for
         no such term. For the cubic spline, and displacements, only.
       method: a name in `METHODS`.
+      from_start: the bending energy is that of the change from the start, not that of the map: what a network has
+        learnt of maps, from labels too, is kept.
 
     Returns:
       The control grid, and the similarity before each step.
@@ -70,6 +73,7 @@ def refine_recorded(
         )
     shape = fixed.shape[1:4]
     options = {"window": WINDOW} if similarity == "lncc" else {}
+    start = interpolate(control_grid, shape, method=interpolator)
 
     def loss(grid):
         field = interpolate(grid, shape, method=interpolator)
@@ -78,7 +82,8 @@ def refine_recorded(
         if method == "symmetric":
             back = warp(fixed, flow(-grid, shape, method=interpolator))
             unlike = (unlike + SIMILARITIES[similarity](moving, back, mask=mask, **options)) / 2
-        penalty = bending * bending_energy_of_map(field, grid, interpolator)
+        change, field = (grid - control_grid, field - start) if from_start else (grid, field)
+        penalty = bending * bending_energy_of_map(field, change, interpolator)
         if folding is not None:
             shortfall = jnp.maximum(MARGIN - jacobian_determinant_on_lattice(grid, shape), 0)
             penalty += folding * jnp.mean(shortfall**2, axis=(1, 2, 3))
@@ -109,8 +114,8 @@ def refine(
     moving: Float[Array, "N x y z 1"],
     **options,
 ) -> Float[Array, "N gx gy gz 3"]:
-    """The control grid that `refine_recorded` finds, which says what the options are."""
-    return refine_recorded(control_grid, fixed, moving, **options)[0]
+    """The control grid that `refine_recorded`, which says what the options are, finds near the start."""
+    return refine_recorded(control_grid, fixed, moving, from_start=True, **options)[0]
 
 
 def descend(

@@ -38,8 +38,9 @@ def make_predict(model: nn.Module, *, refinement: dict | None = None) -> Callabl
     Bayesian head, warped labels and the variance of the displacement.
 
     Args:
-      refinement: `steps`, `bending`, `learning_rate` of the instance optimisation that follows a network which predicts
-        a control grid (see `instance.refine`; the variance stays the network's); None: none.
+      refinement: `steps`, `bending`, `learning_rate` and `folding` (for the cubic spline) of the instance optimisation
+        that follows a network which predicts a control grid (see `instance.refine`; the variance stays the network's);
+        None: none.
     """
 
     def predict(params, batch: dict[str, jax.Array], grid_size: GridSize) -> dict[str, jax.Array]:
@@ -47,7 +48,8 @@ def make_predict(model: nn.Module, *, refinement: dict | None = None) -> Callabl
         displacement = prediction.displacement
         if refinement:
             images, interpolator = (batch["fixed"], batch["moving"]), model.interpolator
-            control_grid = refine(prediction.control_grid, *images, interpolator=interpolator, **refinement)
+            options = refinement if interpolator == "bspline" else refinement | {"folding": None}
+            control_grid = refine(prediction.control_grid, *images, interpolator=interpolator, **options)
             displacement = interpolate(control_grid, batch["fixed"].shape[1:4], method=interpolator)
         result = _applied(batch, displacement)
         if prediction.variance is not None:

@@ -121,7 +121,8 @@ def deform(
         None for the preset's.
       mask: where the fixed image counts (values other than 0); None: everywhere.
       method: a name in `instance.METHODS`. With a velocity, the control grid returned is the closest to its flow.
-      start: u to begin with, in voxels of `fixed` at its voxels; None: 0. Not with a velocity.
+      start: u to begin with, in voxels of `fixed` at its voxels; None: 0. Not with a velocity. The bending energy
+        is that of the change from it.
       notify: takes the result of each stage when it ends.
 
     Returns:
@@ -135,10 +136,11 @@ def deform(
     cells = last_cells(fixed, preset, grid)
     shape, images, results = fixed.array.shape, {}, []
     control_grid = None if start is None else _fitted(start, _grid_size(cells, preset.stages[0]))
+    options = dict(similarity=similarity, method=method, from_start=start is not None)
     for stage in preset.stages:
         if stage.coarsening not in images:
             images[stage.coarsening] = on_lattice(fixed, moving, mask, matrix, stage.coarsening)
-        control_grid, result = _run(control_grid, shape, images[stage.coarsening], stage, cells, similarity, method)
+        control_grid, result = _run(control_grid, shape, images[stage.coarsening], stage, cells, **options)
         results.append(result)
         notify(result)
     target = None if method == "grid" else np.asarray(_flow(control_grid[None], shape)[0])
@@ -199,7 +201,7 @@ def on_lattice(fixed: Volume, moving: Volume, mask: Volume | None, matrix, coars
     return *(image[None, ..., None] for image in images), known[None]
 
 
-def _run(control_grid, shape, images, stage: Stage, cells: Sequence[int], similarity: str, method: str):
+def _run(control_grid, shape, images, stage: Stage, cells: Sequence[int], *, similarity: str, method: str, **options):
     """A stage, from a control grid (or None) in voxels of the lattice `shape` to another one, with what it did."""
     grid_size, lattice = _grid_size(cells, stage), images[0].shape[1:4]
     if control_grid is None:
@@ -215,6 +217,7 @@ def _run(control_grid, shape, images, stage: Stage, cells: Sequence[int], simila
         steps=stage.steps,
         similarity=similarity,
         method=method,
+        **options,
     )
     similarities = tuple(float(value) for value in np.asarray(history)[:, 0])
     return _rescaled(np.asarray(found)[0], lattice, shape), StageResult(grid_size, lattice, similarities)
@@ -224,8 +227,8 @@ _bspline = functools.partial(interpolate, method="bspline")
 _halved, _flow, _dense = (jax.jit(function, static_argnums=1) for function in (bspline.refine, flow, _bspline))
 
 
-@functools.partial(stored, static_argnames=("steps", "similarity", "method"))
-def _fit(control_grid, fixed, moving, mask, bending, folding, *, steps, similarity, method):
+@functools.partial(stored, static_argnames=("steps", "similarity", "method", "from_start"))
+def _fit(control_grid, fixed, moving, mask, bending, folding, *, steps, similarity, method, from_start):
     return refine_recorded(
         control_grid,
         fixed,
@@ -238,6 +241,7 @@ def _fit(control_grid, fixed, moving, mask, bending, folding, *, steps, similari
         mask=mask,
         folding=folding,
         method=method,
+        from_start=from_start,
     )
 
 
