@@ -11,7 +11,7 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map
 from gridreg_jax.transforms.bspline import jacobian_determinant_on_lattice
 from gridreg_jax.transforms.interpolation import interpolate
-from gridreg_jax.transforms.warp import integrate, warp
+from gridreg_jax.transforms.warp import half_lattice, integrate, warp
 
 # Voxels an axis of the box in which intensities are correlated: small, so that thin structures count.
 WINDOW = 5
@@ -102,7 +102,7 @@ def flow(
 
     Source: Arsigny et al., MICCAI 2006.
     """
-    half = tuple(-(-size // 2) for size in shape)
+    half = half_lattice(shape)
     steps = jnp.maximum(jnp.asarray(shape) - 1, 1) / jnp.maximum(jnp.asarray(half) - 1, 1)
     displacement = integrate(interpolate(control_grid / steps, half, method=method), steps=SQUARINGS)
     return interpolate(displacement * steps, shape)

@@ -29,7 +29,7 @@ OF_THE_UNCERTAINTY = ("sigma_error_spearman",)
 
 
 def candidates(grid_sizes: Iterable[int]) -> list[GridSize]:
-    """The control grids that a config's `grid_sizes` stand for, coarse to fine; without any, None alone."""
+    """The control grids that a config's `grid_sizes` stand for, each once, coarse to fine; without any, None alone."""
     return [(size,) * 3 for size in sorted(set(grid_sizes))] or [None]
 
 
@@ -142,11 +142,11 @@ def coarsest_sufficient(
     def choose(batch):
         before = similarity(batch["fixed"], batch["moving"])[0]
         gains = {}
-        for size in sorted(set(grid_sizes)):
-            warped = predict(params, batch, (size,) * 3)["warped"]
+        for size in candidates(grid_sizes):
+            warped = predict(params, batch, size)["warped"]
             gains[size] = float(before - similarity(batch["fixed"], warped)[0])
         best = max(gains.values())
-        return (min(size for size, gain in gains.items() if gain >= best - (1 - KEPT_GAIN) * abs(best)),) * 3
+        return min(size for size, gain in gains.items() if gain >= best - (1 - KEPT_GAIN) * abs(best))
 
     return choose
 

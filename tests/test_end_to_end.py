@@ -1,6 +1,7 @@
 """The two programs on small files: train, stop, resume, evaluate; and every mistake is one line."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -27,6 +28,7 @@ from gridreg_jax.training import loop
 from gridreg_jax.training.checkpoint import Checkpoints
 from gridreg_jax.training.loop import fit
 from gridreg_jax.training.step import build_run
+from gridreg_jax.training.trained import load_trained
 from gridreg_jax.training.writers import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -212,6 +214,13 @@ def test_eval_on_a_list_of_pairs_at_another_grid_size(trained, subjects_csv, tmp
         assert values.keys() == {"before", "after", "after_sd"} and np.isfinite([*values.values()]).all()
     assert [(row["fixed"], row["moving"]) for row in cases(tmp_path)] == [("image0", "image7"), ("image6", "image5")]
     assert_pictures(tmp_path)
+
+
+def test_a_run_of_another_version_is_named(trained, tmp_path, monkeypatch):
+    other = dataclasses.replace(load_trained(trained[0], notify=print), params={"params": {}})
+    monkeypatch.setattr("gridreg_jax.evaluation.evaluate.load_trained", lambda workdir, notify: other)
+    with pytest.raises(InputError, match="parameters of another version, which do not fit the model"):
+        evaluate(trained[0], out=tmp_path, notify=lambda line: None)
 
 
 def test_eval_with_a_grid_size_for_each_case(trained, tmp_path):

@@ -81,10 +81,10 @@ def evaluate(
     if grid_size == "auto":
         similarity = SIMILARITIES[config["loss"]["similarity"]]
         choice = coarsest_sufficient(predict, trained.params, config["grid_sizes"], similarity)
-    with in_use(workdir):
-        measured = measure(predict, trained.params, dataset, dataset.pairs["test"], choice, thorough=True)
     about = {"refinement_steps": refinement["steps"]}
-    summary = _write(out, measured, dataset, grid_size, about, pictures, notify)
+    with in_use(workdir):  # while cases are written: each is measured when its turn comes
+        measured = measure(predict, trained.params, dataset, dataset.pairs["test"], choice, thorough=True)
+        summary = _write(out, measured, dataset, grid_size, about, pictures, notify)
     lines = read_metrics(workdir)
     if lines:
         plots.loss_curves(out / "loss.png", lines)

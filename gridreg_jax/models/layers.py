@@ -42,11 +42,6 @@ def crop(x: Float[Array, "N x y z C"], shape: tuple[int, int, int]) -> Float[Arr
     return x[:, : shape[0], : shape[1], : shape[2]]
 
 
-def half_lattice(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Voxels an axis at half the resolution, rounded up."""
-    return tuple(-(-size // 2) for size in shape)
-
-
 def flow_of_half(
     velocity: Float[Array, "N x y z 3"], shape: tuple[int, int, int], *, steps: int
 ) -> Float[Array, "N X Y Z 3"]:

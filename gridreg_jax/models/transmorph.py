@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Float64, Int, Shaped
 
 from gridreg_jax.conv import Conv3D
 from gridreg_jax.errors import InputError
-from gridreg_jax.models.layers import crop, flow_of_half, half_lattice, instance_norm, pad_to_multiple
+from gridreg_jax.models.layers import crop, flow_of_half, instance_norm, pad_to_multiple
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.transforms.interpolation import contract, interpolate
-from gridreg_jax.transforms.warp import integrate
+from gridreg_jax.transforms.warp import half_lattice, integrate
 
 PATCH = 4  # voxels an axis
 STEPS = 7  # squarings of an integration

@@ -159,7 +159,7 @@ def check_config(config: dict) -> None:
 
 
 def draw_grid_size(sizes: tuple[int, ...], *, seed: int, step: int) -> GridSize:
-    """The control grid of a training step, drawn uniformly (paper, section 3.1, adaptive grid sizes)."""
+    """The control grid of a training step, drawn among the entries (paper, section 3.1, adaptive grid sizes)."""
     return (int(generator(seed, "grid size", step).choice(sizes)),) * 3 if sizes else None
 
 
@@ -225,8 +225,9 @@ def _params_of(workdir: str, state, notify: Callable[[str], None]):
 
 def _compile(train_step: Callable, state, batch: dict, grid_sizes: tuple, notify) -> dict[GridSize, Callable]:
     began = time.perf_counter()
-    notify("compiling" + (f" for grid sizes {', '.join(map(str, sorted(set(grid_sizes))))}" if grid_sizes else ""))
-    steps, needed = compile_steps(train_step, state, batch, candidates(grid_sizes))
+    sizes = candidates(grid_sizes)
+    notify("compiling" + (f" for grid sizes {', '.join(str(size[0]) for size in sizes)}" if grid_sizes else ""))
+    steps, needed = compile_steps(train_step, state, batch, sizes)
     memory = f"; a step needs {needed / 2**20:.0f} MiB a device" if needed else ""
     notify(f"compiled in {time.perf_counter() - began:.0f} s{memory}")
     return steps

@@ -256,6 +256,11 @@ def compose(outer: Float[Array, "N X Y Z 3"], inner: Float[Array, "N X Y Z 3"]) 
     return inner + warp(outer, inner)
 
 
+def half_lattice(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Voxels an axis at half the resolution, rounded up."""
+    return tuple(-(-size // 2) for size in shape)
+
+
 def integrate(velocity: Float[Array, "N X Y Z 3"], *, steps: int = 7) -> Float[Array, "N X Y Z 3"]:
     """Displacement of the flow of a stationary velocity field at time 1, by scaling and squaring.
 
