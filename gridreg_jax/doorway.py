@@ -7,7 +7,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from gridreg_jax.errors import InputError
-from gridreg_jax.memory import share_freed_memory
+from gridreg_jax.memory import limit_freed_memory
 
 
 def main(function: Callable) -> None:
@@ -47,7 +47,7 @@ def fail(message: object) -> None:
 def prepare_process() -> None:
     """Keep compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another, and little
     freed memory."""
-    share_freed_memory()
+    limit_freed_memory()
     import jax
 
     from gridreg_jax.data.preprocess import default_cache_dir

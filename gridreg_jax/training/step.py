@@ -209,7 +209,7 @@ def _compiled(lowered):
         return lowered.compile()
     try:
         # XLA would order what it runs for more cores than most computers have, at the cost of a third more memory.
-        return lowered.compile({"xla_cpu_enable_concurrency_optimized_scheduler": False})
+        return lowered.compile({"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"})
     except jax.errors.JaxRuntimeError as error:
         if "No such compile option" not in str(error):  # such options come and go with XLA's versions
             raise

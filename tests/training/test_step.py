@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -161,6 +162,18 @@ def test_compiled_steps_are_the_step_and_know_their_memory(on_all_devices):
     params = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
     for name, leaf in on_all_devices[0].items():
         np.testing.assert_allclose(params[name], leaf, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the schedule of the CPU")
+def test_steps_are_scheduled_for_memory():
+    def independent_parts(x):
+        return sum((jnp.sin(i * x[:, None]) @ jnp.cos(i * x[None])).max(1) for i in range(6))
+
+    lowered = jax.jit(independent_parts).lower(jnp.ones(500))
+    temporaries = [
+        program.memory_analysis().temp_size_in_bytes for program in (training._compiled(lowered), lowered.compile())
+    ]
+    assert temporaries[0] < 0.8 * temporaries[1]
 
 
 def test_a_step_that_would_not_fit_is_refused_before_it_runs(monkeypatch):
