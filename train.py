@@ -24,14 +24,14 @@ def run(_) -> None:
 
     config, workdir = CONFIG.value, WORKDIR.value or f"runs/{CONFIG.value.name}"
     if "systems" in config:
-        from configs.compare import config_of
+        from configs.compare import stages_of
         from gridreg_jax.evaluation.compare import compare
 
         try:
-            configs = {system: config_of(config, system) for system in config.systems}
+            stages = {system: stages_of(config, system) for system in config.systems}
         except ValueError as error:
             raise InputError(error) from error
-        compare(configs, workdir)
+        compare(stages, workdir)
         return
     # Evaluation is a matter of one process: with several, eval.py does it.
     if fit(config, workdir) and not COORDINATOR.value:

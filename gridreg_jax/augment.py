@@ -1,4 +1,4 @@
-"""Random affine, elastic and intensity changes of training pairs: a pure function of keys, inside the compiled step."""
+"""Random affine, elastic and intensity changes of training pairs: a pure function of keys, compiled."""
 
 import jax
 import jax.numpy as jnp

@@ -17,14 +17,15 @@ COLUMNS = ("dice", "tre_mm", "centroid_mm", "folding_percent", "sd_log_jacobian"
 
 
 def compare(
-    configs: dict[str, ConfigDict], workdir: str | Path, *, notify: Callable[[str], None] = print
+    stages: dict[str, list[ConfigDict]], workdir: str | Path, *, notify: Callable[[str], None] = print
 ) -> list[dict] | None:
     """Train and evaluate every system in a folder of its own, and write `comparison.csv`.
 
     What is trained already is only evaluated, so that a comparison that was stopped goes on.
 
     Args:
-      configs: by name, as `fit` takes them.
+      stages: by name, configs as `fit` takes them: each but the first is trained from the parameters of the one before
+        it, in whose folder's folder `before` that lies.
 
     Returns:
       A row a system: parameters, means over the test cases, memory and seconds of a prediction; None when stopped.
@@ -33,13 +34,15 @@ def compare(
       InputError: as `fit` and `evaluate`.
     """
     rows = []
-    for name, config in configs.items():
-        folder = Path(workdir) / name
+    for name, configs in stages.items():
         notify(f"--- {name}")
-        if not fit(config, folder):
-            return None
-        summary = evaluate(folder, notify=notify)
-        row = {"system": name} | _cost(config.to_dict(), summary["grid_size"])
+        folders = [Path(workdir).joinpath(name, *["before"] * later) for later in reversed(range(len(configs)))]
+        for config, folder, start in zip(configs, folders, ["", *folders], strict=False):
+            config.start = str(start)
+            if not fit(config, folder):
+                return None
+        summary = evaluate(folders[-1], notify=notify)
+        row = {"system": name} | _cost(configs[-1].to_dict(), summary["grid_size"])
         row |= {column: summary["metrics"][column]["after"] for column in COLUMNS if column in summary["metrics"]}
         rows.append(row | {"seconds": summary["metrics"]["seconds"]["after"]})
         tables.write_cases(Path(workdir) / "comparison.csv", rows)

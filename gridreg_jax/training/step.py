@@ -105,38 +105,62 @@ def check_batch_size(batch_size: int) -> None:
         raise InputError(f"batch_size {batch_size} cannot be split over {devices} devices; {above} would fit")
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """`step(state, batch, grid_size) -> (state, metrics)`; it consumes `state`.
+
+    `batch` is sharded (`shard`), `grid_size` static; metrics are means over the whole batch.
+
+    Attributes:
+      change: `(state.step, batch) -> batch`, what augmentation makes of it; None: nothing. A program of its own: it
+        knows of no grid size, and is compiled once for all.
+      update: the step on what comes of that, compiled once a grid size.
+    """
+
+    change: Callable | None
+    update: Callable
+
+    def __call__(self, state: TrainState, batch: dict[str, jax.Array], grid_size: GridSize):
+        if self.change:
+            batch = self.change(state.step, batch)
+        return self.update(state, batch, grid_size)
+
+
 def make_train_step(
     model: nn.Module, optimizer: optax.GradientTransformation, *, seed: int, loss: dict, augmentation: dict
-) -> Callable:
-    """`step(state, batch, grid_size) -> (state, metrics)`, compiled once a grid size; it consumes `state`.
+) -> TrainStep:
+    """The training step of a model.
 
-    `batch` is sharded (`shard`), `grid_size` static; metrics are means over the whole batch. Random streams that the
-    model names in `example_streams` get a key for each example, so that noise does not depend on the number of devices.
+    Random streams that the model names in `example_streams` get a key for each example, so that noise does not depend
+    on the number of devices.
 
     Args:
       loss: arguments of `objective`.
       augmentation: arguments of `augment`, and `ramp`: over how many steps its spatial changes grow to their size.
     """
-
     strengths = {name: value for name, value in augmentation.items() if name != "ramp"}
     ramp = max(1, augmentation.get("ramp", 0))
 
-    def step(state: TrainState, batch: dict[str, jax.Array], grid_size: GridSize):
-        def example_keys(stream: str) -> jax.Array:
-            # A key an example, by its place in the whole batch: the same however many devices share it.
-            local = batch["fixed"].shape[0]
-            keys = jax.random.split(rng.key(seed, stream, state.step), local * jax.lax.axis_size(AXIS))
-            return jax.lax.dynamic_slice_in_dim(keys, jax.lax.axis_index(AXIS) * local, local)
+    def example_keys(stream: str, step: jax.Array, local: int) -> jax.Array:
+        # A key an example, by its place in the whole batch: the same however many devices share it.
+        keys = jax.random.split(rng.key(seed, stream, step), local * jax.lax.axis_size(AXIS))
+        return jax.lax.dynamic_slice_in_dim(keys, jax.lax.axis_index(AXIS) * local, local)
 
+    def change(step: jax.Array, batch: dict[str, jax.Array]):
+        local = len(batch["fixed"])
         if loss.get("keypoints"):
             # The same in every step: the loop gives one subject alone.
             points = foreground_points(rng.key(seed, "keypoints"), batch["fixed"][0], model.keypoints)
-            batch = batch | {"points": jnp.broadcast_to(points, (len(batch["fixed"]), *points.shape))}
-        if any(strengths.values()) or "points" in batch:
-            growth = jnp.minimum(1.0, (state.step + 1) / ramp)
-            batch = augment(batch, example_keys("augmentation"), **strengths, growth=growth)
+            batch = batch | {"points": jnp.broadcast_to(points, (local, *points.shape))}
+        growth = jnp.minimum(1.0, (step + 1) / ramp)
+        return augment(batch, example_keys("augmentation", step, local), **strengths, growth=growth)
+
+    def update(state: TrainState, batch: dict[str, jax.Array], grid_size: GridSize):
+        def keys_of(stream: str) -> jax.Array:
+            return example_keys(stream, state.step, len(batch["fixed"]))
+
         streams = {"iterations": rng.key(seed, "iterations", state.step)}
-        example_streams = {name: example_keys(name) for name in getattr(model, "example_streams", ())}
+        example_streams = {name: keys_of(name) for name in getattr(model, "example_streams", ())}
 
         def predict(params):
             def run(fixed, moving, keys):
@@ -151,7 +175,7 @@ def make_train_step(
 
         def mean_loss(params):
             prediction = predict(params)
-            total, terms = objective(prediction, batch, **loss, keys=example_keys("posterior"))
+            total, terms = objective(prediction, batch, **loss, keys=keys_of("posterior"))
             return total.mean(), {name: value.mean() for name, value in terms.items()}
 
         (total, terms), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
@@ -160,18 +184,20 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.pmap(
-        step,
+    update = jax.pmap(
+        update,
         axis_name=AXIS,
         in_axes=(None, 0, None),
         out_axes=(None, None),
         static_broadcasted_argnums=(2,),
         donate_argnums=(0,),
     )
+    changes = any(strengths.values()) or loss.get("keypoints")
+    return TrainStep(jax.pmap(change, axis_name=AXIS, in_axes=(None, 0)) if changes else None, update)
 
 
 def compile_steps(
-    step: Callable, state: TrainState, batch: dict[str, jax.Array], grid_sizes: Iterable[GridSize]
+    step: TrainStep, state: TrainState, batch: dict[str, jax.Array], grid_sizes: Iterable[GridSize]
 ) -> tuple[dict[GridSize, Callable], int]:
     """The step compiled for every grid size, before the first one runs.
 
@@ -185,23 +211,36 @@ def compile_steps(
     Raises:
       InputError: more memory than there is.
     """
+    change, changed, before = None, batch, 0
+    if step.change:
+        change = _compiled(step.change.lower(state.step, batch))
+        changed = change(state.step, batch)
+        before = sum(array.nbytes for array in batch.values()) // jax.device_count()  # is kept beside what comes of it
     # One after the other: XLA uses all cores for one program, and takes more than a gigabyte while it does.
-    compiled = {grid_size: _compiled(step.lower(state, batch, grid_size)) for grid_size in grid_sizes}
+    updates = {grid_size: _compiled(step.update.lower(state, changed, grid_size)) for grid_size in grid_sizes}
+    del changed
     # What tracing and compiling leave behind, 100 MiB and more, would add to what the steps take.
     jax.clear_caches()
     return_freed_memory()
-    needed = {grid_size: bytes_needed(program) for grid_size, program in compiled.items()}
-    largest = max(needed, key=needed.get)
+    needs = {grid_size: bytes_needed(update) for grid_size, update in updates.items()}
+    largest = max(needs, key=needs.get)
+    needed = needs[largest] and before + needs[largest]
     available = memory_available()
-    if available and needed[largest] > available:
+    if available and needed > available:
         at, or_grid = (
             (f" at grid size {largest[0]}", ", data.shape or grid size") if largest else ("", " or data.shape")
         )
         raise InputError(
-            f"a step{at} needs {needed[largest] / 2**30:.1f} GiB a device, and {available / 2**30:.1f} GiB are free: "
+            f"a step{at} needs {needed / 2**30:.1f} GiB a device, and {available / 2**30:.1f} GiB are free: "
             f"a smaller batch_size{or_grid} would need less"
         )
-    return compiled, needed[largest]
+    if not change:
+        return updates, needed
+
+    def changed_first(update):
+        return lambda state, batch: update(state, change(state.step, batch))
+
+    return {grid_size: changed_first(update) for grid_size, update in updates.items()}, needed
 
 
 def _compiled(lowered):

@@ -5,6 +5,7 @@ import csv
 import pytest
 
 from configs import compare as configs
+from gridreg_jax.evaluation import compare as comparison
 from gridreg_jax.evaluation.compare import compare
 
 TINY = {
@@ -25,7 +26,7 @@ def test_systems_are_trained_and_evaluated_alike(subjects_csv, tmp_path, capsys)
     config = configs.get_config()
     config.update_from_flattened_dict(TINY | {"data.subjects": str(subjects_csv)})
     config.lock()  # as on the command line
-    rows = compare({system: configs.config_of(config, system) for system in config.systems}, tmp_path)
+    rows = compare({system: configs.stages_of(config, system) for system in config.systems}, tmp_path)
     assert [row["system"] for row in rows] == list(TINY["systems"])
     assert rows[1]["parameters"] == 259_675
     table = capsys.readouterr().out
@@ -34,6 +35,27 @@ def test_systems_are_trained_and_evaluated_alike(subjects_csv, tmp_path, capsys)
         assert [row["system"] for row in csv.DictReader(file)] == list(TINY["systems"])
 
 
+def test_keymorph_begins_with_what_its_pretraining_ended_with(monkeypatch, tmp_path):
+    trained = []
+
+    def fit(config, folder):
+        trained.append((folder, config.start, config.loss.keypoints, config.steps))
+        return True
+
+    monkeypatch.setattr(comparison, "fit", fit)
+    monkeypatch.setattr(comparison, "_cost", lambda *_: {})
+    summary = {"grid_size": None, "metrics": {"dice": {"after": 0.5}, "seconds": {"after": 1.0}}}
+    monkeypatch.setattr(comparison, "evaluate", lambda folder, notify: summary)
+    config = configs.get_config("cpu")
+    compare({system: configs.stages_of(config, system) for system in ("gridreg", "keymorph")}, tmp_path)
+    before, after = tmp_path / "keymorph" / "before", tmp_path / "keymorph"
+    assert trained == [
+        (tmp_path / "gridreg", "", 0.0, 1000),
+        (before, "", 1.0, 500),
+        (after, str(before), 0.0, 500),
+    ]
+
+
 def test_a_system_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="'vxm' is not known; known are gridreg, voxelmorph"):
-        configs.config_of(configs.get_config(), "vxm")
+        configs.stages_of(configs.get_config(), "vxm")
