@@ -74,11 +74,6 @@ class Checkpoints:
             return -max(scored)[1]
         return max(self.steps(), default=None)
 
-    def info(self, step: int) -> tuple[dict, dict | None]:
-        """Config and validation choice that were saved with a step."""
-        metadata = ocp.metadata(self._folder / str(step)).custom_metadata
-        return _with_tuples(json.loads(metadata["config"])), json.loads(metadata["chosen"])
-
     def restore(
         self, state_shapes: Callable[[dict], Any], *, order: list[int], notify: Callable[[str], None]
     ) -> tuple[int, Any, dict, dict | None]:
@@ -91,15 +86,14 @@ class Checkpoints:
         Raises:
           InputError: none can be read.
         """
-        return self._first(lambda step, config: self._checkpointer.load(step, state_shapes(config)), order, notify)
+        return self._first(lambda step, config, _: self._checkpointer.load(step, state_shapes(config)), order, notify)
 
     def restore_params(
         self, sharding: jax.sharding.Sharding, *, order: list[int], notify: Callable[[str], None]
     ) -> tuple[int, Any, dict, dict | None]:
         """As `restore`, but the state's parameters alone, as they were saved: no network has to say what they are."""
 
-        def load(step: int, config: dict):
-            saved = ocp.metadata(self._folder / str(step)).metadata
+        def load(step: int, config: dict, saved: dict):
             wanted = jax.tree.map(lambda leaf: ocp.PLACEHOLDER, saved)
             wanted["params"] = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), saved["params"]
@@ -108,11 +102,17 @@ class Checkpoints:
 
         return self._first(load, order, notify)
 
-    def _first(self, load: Callable[[int, dict], Any], order: list[int], notify: Callable[[str], None]):
+    def _read_info(self, step: int) -> tuple[dict, dict | None, Any]:
+        """Config, validation choice, and the shapes and types of the state."""
+        saved = ocp.metadata(self._folder / str(step))
+        config, chosen = (json.loads(saved.custom_metadata[name]) for name in ("config", "chosen"))
+        return _with_tuples(config), chosen, saved.metadata
+
+    def _first(self, load: Callable[[int, dict, Any], Any], order: list[int], notify: Callable[[str], None]):
         for step in order:
             try:
-                config, chosen = self.info(step)
-                return step, load(step, config), config, chosen
+                config, chosen, saved = self._read_info(step)
+                return step, load(step, config, saved), config, chosen
             except InputError:
                 raise
             except Exception as error:  # Orbax raises whatever its readers meet in a damaged folder.
