@@ -1,6 +1,6 @@
 """Every fast path of the library against its plain form: time, forward and with the gradient, and largest difference.
 
-    python benchmarks/kernels.py [--shape 128 128 102] [--repeats 5] [--out FILE]
+    python -m benchmarks.kernels [--shape 128 128 102] [--repeats 5] [--out FILE]
 
 The plain form is what one writes first, with the same result (but that a bending energy of finite differences leaves
 out the border); both run in turns.

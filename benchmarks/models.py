@@ -1,6 +1,6 @@
 """Every model that a config can name: parameters, arithmetic, memory and time of a prediction.
 
-    python benchmarks/models.py [--shape 96 96 96] [--grid 10] [--repeats 3] [--only gridreg voxelmorph] [--out FILE]
+    python -m benchmarks.models [--shape 96 96 96] [--grid 10] [--repeats 3] [--only gridreg voxelmorph] [--out FILE]
 
 A prediction is network, interpolation and warp of one pair, with random parameters. Memory is what XLA reports of the
 compiled program. Arithmetic is what it counts in the program as it would be for a GPU, whose convolutions are whole: on

@@ -1,6 +1,6 @@
 """`gridreg register` on pairs of images with labels: overlap, folding and time, each pair in a fresh process.
 
-    python benchmarks/register.py PAIRS.csv [--dataset NAME] [--task TEXT] [--preset NAME] [--out FILE]
+    python -m benchmarks.register PAIRS.csv [--dataset NAME] [--task TEXT] [--preset NAME] [--out FILE]
 
 PAIRS.csv has the columns fixed, moving, fixed_labels and moving_labels (paths relative to its folder); where it has
 `dataset` and `task`, the options of these names pick rows. Dice is the mean over the labels with at least 50 voxels in

@@ -1,6 +1,6 @@
 """How time and memory of GridReg grow with the image and with the control grid, and the fitted exponents.
 
-    python benchmarks/scaling.py [--sizes 64 96 128 160 192] [--grids 5 8 10 15 20] [--repeats 5] [--out FILE]
+    python -m benchmarks.scaling [--sizes 64 96 128 160 192] [--grids 5 8 10 15 20] [--repeats 5] [--out FILE]
 
 A training step (squared difference, soft Dice with two labels, bending energy, Adam, batch 1) and a prediction
 (network, interpolation, warp), of images with `size`^3 voxels at grid 10, and at 96^3 voxels of every grid. An exponent

@@ -1,7 +1,7 @@
 """Time and memory of gridreg_jax against the same network in PyTorch, on the CPU.
 
     pip install -e '.[bench]'
-    python benchmarks/versus_torch.py [--shape 128 128 102] [--grid 10] [--repeats 7] [--out FILE]
+    python -m benchmarks.versus_torch [--shape 128 128 102] [--grid 10] [--repeats 7] [--out FILE]
 
 A training step (batch 1: squared difference, soft Dice with two labels, bending energy, Adam) and an inference
 (network, interpolation, warp), by default at the size of the paper's prostate images. Each system has a process of its
