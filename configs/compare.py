@@ -20,9 +20,12 @@ PRETRAINING = {"keymorph": "keymorph_pretrain"}
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    config = hippocampus.get_config(argument)
+    variant, model = default.parse("compare", argument, ("", "cpu"))
+    if model:
+        raise ValueError(f"configs/compare.py:{argument}: --config.systems says which systems are compared")
+    config = hippocampus.get_config()
     config.name = "compare"
-    if default.parse("compare", argument, ("", "cpu"))[0] == "cpu":
+    if variant == "cpu":
         config.data.shape = (24, 32, 24)
         config.data.spacing = (2.0, 2.0, 2.0)
         config.steps = 1000
@@ -36,11 +39,13 @@ def stages_of(config: ConfigDict, system: str) -> list[ConfigDict]:
     """The configs of a system's trainings, once all options are set: each begins where the one before it ended.
 
     Raises:
-      ValueError: there is no such system.
+      ValueError: there is no such system, or it has more trainings than steps.
     """
     if system not in ("gridreg", *MODELS):
         raise ValueError(f"systems: {system!r} is not known; known are gridreg, {', '.join(MODELS)}")
     names = [PRETRAINING[system], system] if system in PRETRAINING else [system]
+    if config.steps < len(names):
+        raise ValueError(f"steps is {config.steps}: {system} needs {len(names)} or more, also for its pre-training")
     stages = [_config_of(config, name) for name in names]
     for stage in stages:
         stage.steps = config.steps // len(stages)

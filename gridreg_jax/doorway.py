@@ -35,7 +35,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         text = str(error.args[0] if error.args else error).replace('"', "")  # quoted once or twice
         fail(f"the config has no such option: {text}")
     except (flags.Error, TypeError, ValueError, OSError) as error:
-        fail(error)
+        # The message of a config that refuses its argument comes as the last line of a traceback.
+        before, _, refusal = str(error).rpartition("\nValueError: ")
+        fail(refusal if "Traceback (most recent call last)" in before else error)
 
 
 def fail(message: object) -> None:

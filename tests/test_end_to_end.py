@@ -379,6 +379,7 @@ def test_a_mistake_on_the_command_line_is_one_line(mistaken, case):
     assert mistaken[case].returncode == 2, (output, errors)
     (line,) = errors.strip().splitlines()
     assert re.search(f"^error: .*{BAD_FLAGS[case][-1]}", line)
+    assert "Traceback" not in line
 
 
 def with_bad_image(tmp_path, subjects, write_nifti, array=None, labels=None):

@@ -24,8 +24,8 @@ def compare(
     What is trained already is only evaluated, so that a comparison that was stopped goes on.
 
     Args:
-      stages: by name, configs as `fit` takes them: each but the first is trained from the parameters of the one before
-        it, in whose folder's folder `before` that lies.
+      stages: by name, the config of its training, as `fit` takes it, or those of a pre-training and of the training
+        that begins with the parameters of that. The pre-training is kept in the folder `before` of the system's.
 
     Returns:
       A row a system: parameters, means over the test cases, memory and seconds of a prediction; None when stopped.
@@ -36,12 +36,13 @@ def compare(
     rows = []
     for name, configs in stages.items():
         notify(f"--- {name}")
-        folders = [Path(workdir).joinpath(name, *["before"] * later) for later in reversed(range(len(configs)))]
-        for config, folder, start in zip(configs, folders, ["", *folders], strict=False):
-            config.start = str(start)
-            if not fit(config, folder):
+        folder, start = Path(workdir) / name, ""
+        for config, place in zip(configs, (folder / "before", folder)[-len(configs) :], strict=True):
+            config.start = start
+            if not fit(config, place):
                 return None
-        summary = evaluate(folders[-1], notify=notify)
+            start = str(place)
+        summary = evaluate(folder, notify=notify)
         row = {"system": name} | _cost(configs[-1].to_dict(), summary["grid_size"])
         row |= {column: summary["metrics"][column]["after"] for column in COLUMNS if column in summary["metrics"]}
         rows.append(row | {"seconds": summary["metrics"]["seconds"]["after"]})

@@ -59,3 +59,14 @@ def test_keymorph_begins_with_what_its_pretraining_ended_with(monkeypatch, tmp_p
 def test_a_system_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="'vxm' is not known; known are gridreg, voxelmorph"):
         configs.stages_of(configs.get_config(), "vxm")
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained():
+    with pytest.raises(ValueError, match="compare.py:cpu,voxelmorph: --config.systems says which"):
+        configs.get_config("cpu,voxelmorph")
+    with pytest.raises(ValueError, match="compare.py:gpu: there is no such variant"):
+        configs.get_config("gpu")
+    config = configs.get_config()
+    config.steps = 1
+    with pytest.raises(ValueError, match="steps is 1: keymorph needs 2 or more"):
+        configs.stages_of(config, "keymorph")
