@@ -31,6 +31,17 @@ def pytest_unconfigure():
 
 
 @pytest.fixture
+def program_cache(tmp_path):
+    """An empty folder that JAX keeps its programs in."""
+    import jax
+
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "programs_of_jax"))
+    yield tmp_path / "programs_of_jax"
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture
 def real_data() -> Path:
     """Folder of real images, named by $GRIDREG_TEST_DATA."""
     root = os.environ.get("GRIDREG_TEST_DATA")

@@ -1,17 +1,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from gridreg_jax.programs import stored
-
-
-@pytest.fixture
-def cache(tmp_path):
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    yield tmp_path
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def make():
@@ -29,7 +20,7 @@ def arguments(size=3):
     return {"a": np.arange(size, dtype=np.float32), "b": jnp.ones(size, jnp.int32)}, 0.5
 
 
-def test_another_process_does_not_trace_again(cache):
+def test_another_process_does_not_trace_again(program_cache):
     (first, traced), (later, traced_later) = make(), make()
     for function in (first, first, later):
         np.testing.assert_allclose(function(*arguments(), power=2)["sum"], [0.5, 1.5, 4.5])
@@ -40,16 +31,16 @@ def test_another_process_does_not_trace_again(cache):
     assert traced_later == [3, 2]
 
 
-def test_a_damaged_program_is_traced_anew(cache):
+def test_a_damaged_program_is_traced_anew(program_cache):
     make()[0](*arguments(), power=2)
-    (path,) = (cache / "programs").iterdir()
+    (path,) = (program_cache / "programs").iterdir()
     path.write_bytes(path.read_bytes()[:100])
     function, traced = make()
     np.testing.assert_allclose(function(*arguments(), power=2)["sum"], [0.5, 1.5, 4.5])
     assert traced == [2]
 
 
-def test_without_a_cache_nothing_is_written(cache):
+def test_without_a_cache_nothing_is_written(program_cache):
     jax.config.update("jax_compilation_cache_dir", None)
     np.testing.assert_allclose(make()[0](*arguments(), power=2)["sum"], [0.5, 1.5, 4.5])
-    assert not (cache / "programs").exists()
+    assert not (program_cache / "programs").exists()

@@ -10,6 +10,7 @@ from jaxtyping import Float, Float32
 from gridreg_jax import ncf, rng
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.data.preprocess import Lattice, place
+from gridreg_jax.models import runs_foreign_code
 from gridreg_jax.programs import stored
 from gridreg_jax.registration.deformable import on_lattice
 from gridreg_jax.training.trained import Trained
@@ -47,9 +48,7 @@ def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Pr
     lattice = Lattice(data["shape"], data["spacing"], data["center"])
     (fixed_array, fixed_affine), (moving_array, moving_affine) = (place(volume, lattice) for volume in (fixed, moving))
     to_lattice = np.linalg.inv(fixed_affine) @ like.affine
-    # An encoder from elsewhere may change; what a stored program knows is this library's source.
-    foreign = ":" in getattr(trained.model, "encoder", "")
-    displacement, variance_mm2 = (_compiled if foreign else _stored)(
+    displacement, variance_mm2 = (_compiled if runs_foreign_code(trained.model) else _stored)(
         trained.params,
         fixed_array,
         moving_array,

@@ -11,13 +11,15 @@ import optax
 import psutil
 from flax import linen as nn
 from flax import struct
+from flax.core import freeze
 
 from gridreg_jax import rng
 from gridreg_jax.augment import augment, foreground_points
 from gridreg_jax.errors import InputError
 from gridreg_jax.measure import GridSize, candidates
 from gridreg_jax.memory import return_freed_memory
-from gridreg_jax.models import Prediction, build
+from gridreg_jax.models import Prediction, build, runs_foreign_code
+from gridreg_jax.programs import stored
 from gridreg_jax.training.objective import objective
 from gridreg_jax.training.optimizer import build_optimizer
 
@@ -155,31 +157,18 @@ def make_train_step(
         growth = jnp.minimum(1.0, (step + 1) / ramp)
         return augment(batch, example_keys("augmentation", step, local), **strengths, growth=growth)
 
+    # What tracing a step is all about, so that a later start need not.
+    gradient_of = (jax.jit if runs_foreign_code(model) else stored)(
+        _loss_gradient, static_argnames=("model", "grid_size", "loss")
+    )
+    fixed_arguments = dict(model=model, loss=freeze(loss))
+
     def update(state: TrainState, batch: dict[str, jax.Array], grid_size: GridSize):
-        def keys_of(stream: str) -> jax.Array:
-            return example_keys(stream, state.step, len(batch["fixed"]))
-
-        streams = {"iterations": rng.key(seed, "iterations", state.step)}
-        example_streams = {name: keys_of(name) for name in getattr(model, "example_streams", ())}
-
-        def predict(params):
-            def run(fixed, moving, keys):
-                return model.apply(params, fixed, moving, grid_size=grid_size, train=True, rngs=streams | keys)
-
-            if not example_streams:
-                return run(batch["fixed"], batch["moving"], {})
-            # One example at a time, as far as the model can see, so that each has noise of its own.
-            one = jax.vmap(lambda fixed, moving, keys: vars(run(fixed[None], moving[None], keys)))
-            found = one(batch["fixed"], batch["moving"], example_streams)
-            return Prediction(**jax.tree.map(lambda leaf: leaf[:, 0], found))
-
-        def mean_loss(params):
-            prediction = predict(params)
-            total, terms = objective(prediction, batch, **loss, keys=keys_of("posterior"))
-            return total.mean(), {name: value.mean() for name, value in terms.items()}
-
-        (total, terms), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        gradient, metrics = jax.lax.pmean((gradient, {"loss": total, **terms}), AXIS)
+        example_streams = getattr(model, "example_streams", ())
+        keys = {name: example_keys(name, state.step, len(batch["fixed"])) for name in ("posterior", *example_streams)}
+        keys["iterations"] = rng.key(seed, "iterations", state.step)
+        averaged = gradient_of(state.params, batch, keys, grid_size=grid_size, **fixed_arguments)
+        gradient, metrics = jax.lax.pmean(averaged, AXIS)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -194,6 +183,34 @@ def make_train_step(
     )
     changes = any(strengths.values()) or loss.get("keypoints")
     return TrainStep(jax.pmap(change, axis_name=AXIS, in_axes=(None, 0)) if changes else None, update)
+
+
+def _loss_gradient(params, batch: dict[str, jax.Array], keys: dict[str, jax.Array], *, model, grid_size, loss):
+    """Gradient of the mean loss of a device's examples, and the metrics.
+
+    Args:
+      keys: "posterior" and those of the model's `example_streams`: one an example; "iterations": one for all.
+    """
+    streams = {"iterations": keys["iterations"]}
+    example_streams = {name: keys[name] for name in getattr(model, "example_streams", ())}
+
+    def predict(params):
+        def run(fixed, moving, keys):
+            return model.apply(params, fixed, moving, grid_size=grid_size, train=True, rngs=streams | keys)
+
+        if not example_streams:
+            return run(batch["fixed"], batch["moving"], {})
+        # One example at a time, as far as the model can see, so that each has noise of its own.
+        one = jax.vmap(lambda fixed, moving, keys: vars(run(fixed[None], moving[None], keys)))
+        found = one(batch["fixed"], batch["moving"], example_streams)
+        return Prediction(**jax.tree.map(lambda leaf: leaf[:, 0], found))
+
+    def mean_loss(params):
+        total, terms = objective(predict(params), batch, **loss, keys=keys["posterior"])
+        return total.mean(), {name: value.mean() for name, value in terms.items()}
+
+    (total, terms), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params)
+    return gradient, {"loss": total, **terms}
 
 
 def compile_steps(

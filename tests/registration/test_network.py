@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
@@ -141,14 +140,9 @@ class Elsewhere(nn.Module):
         return Known().apply({}, fixed, moving, grid_size=grid_size)
 
 
-def test_programs_with_code_from_elsewhere_are_not_stored(pair, tmp_path):
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    try:
-        found = propose(dataclasses.replace(known(), model=Elsewhere()), *pair, pair[0]).displacement
-        assert not (tmp_path / "programs").exists()
-        expected = propose(known(), *pair, pair[0]).displacement
-        assert len(list((tmp_path / "programs").iterdir())) == 1
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+def test_programs_with_code_from_elsewhere_are_not_stored(pair, program_cache):
+    found = propose(dataclasses.replace(known(), model=Elsewhere()), *pair, pair[0]).displacement
+    assert not (program_cache / "programs").exists()
+    expected = propose(known(), *pair, pair[0]).displacement
+    assert len(list((program_cache / "programs").iterdir())) == 1
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -164,6 +164,23 @@ def test_compiled_steps_are_the_step_and_know_their_memory(on_all_devices):
         np.testing.assert_allclose(params[name], leaf, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("encoder, traced", [("strided", 1), ("gridreg_jax.models.layers:Encoder", 2)])
+def test_a_later_start_traces_the_network_only_if_it_has_code_from_elsewhere(
+    encoder, traced, program_cache, monkeypatch
+):
+    calls, whole = [], training.objective
+    monkeypatch.setattr(training, "objective", lambda *a, **k: calls.append(a) or whole(*a, **k))
+    run = training.build_run(CONFIG | dict(model=CONFIG["model"] | dict(encoder=encoder)))
+    state, sharded = run.init_state(), training.shard(batch())
+    texts = []
+    for _ in range(2):
+        jax.clear_caches()  # as in another process
+        step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation={})
+        texts.append(step.update.lower(state, sharded, GRID).as_text())
+    assert len(calls) == traced
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the schedule of the CPU")
 def test_steps_are_scheduled_for_memory():
     def independent_parts(x):
