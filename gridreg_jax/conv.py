@@ -9,7 +9,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jaxtyping import Array, Float
 
 VECTOR = 8
@@ -183,23 +182,3 @@ def local_norm(x: Float[Array, "N X Y Z C"], window: int, *, epsilon: float = 0.
     mean = box_mean(x)
     variance = jnp.maximum(box_mean(x * x) - mean**2, 0)
     return (x - mean) * jax.lax.rsqrt(variance + epsilon**2)
-
-
-class Conv3D(nn.Module):
-    """Convolution: `features` outputs, odd cubic kernel, zero padding; He initialisation, which suits a rectifier."""
-
-    features: int
-    kernel_size: int = 3
-    stride: int = 1
-    use_bias: bool = True
-    kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "N X Y Z C"]) -> Float[Array, "N x y z D"]:
-        shape = (self.kernel_size,) * 3 + (x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
-        x = conv3d(x, kernel.astype(x.dtype), stride=self.stride)
-        if not self.use_bias:
-            return x
-        return x + self.param("bias", self.bias_init, (self.features,)).astype(x.dtype)

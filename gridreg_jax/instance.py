@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from gridreg_jax.errors import InputError
@@ -132,6 +131,8 @@ def descend(
     Returns:
       The parameters after the last step, and what was recorded before each step.
     """
+    import optax  # Here, since whoever finds the program ready needs none of it.
+
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
 
     def step(carried, _):

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from gridreg_jax.conv import Conv3D
 from gridreg_jax.instance import descend
 from gridreg_jax.losses import diffusion_energy, ssim
+from gridreg_jax.models.layers import Conv3D
 from gridreg_jax.transforms.pyramid import double, halve
 from gridreg_jax.transforms.warp import warp
 

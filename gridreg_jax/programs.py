@@ -61,14 +61,14 @@ def _kept(path: Path, jitted: Callable, shapes, static: dict) -> Callable:
 
 
 def _digest(function: Callable, key: tuple) -> str:
-    versions = [metadata.version(package) for package in ("jax", "jaxlib", "flax", "optax")]
-    known = function.__module__, function.__qualname__, _sources(), versions, jax.default_backend(), key[1:]
+    known = function.__module__, function.__qualname__, _code(), jax.default_backend(), key[1:]
     return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 
 
 @functools.cache
-def _sources() -> str:
-    digest = hashlib.sha256()
+def _code() -> str:
+    """Digest of this library's source and the versions of those that it is traced with."""
+    digest = hashlib.sha256(repr([metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")]).encode())
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -76,21 +76,6 @@ def test_conv3d_is_one_of_them_under_jit_and_gradient(stride):
     np.testing.assert_allclose(loss(x)[1], gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_a_layer_without_bias_has_only_its_kernel():
-    layer = conv.Conv3D(features=4, use_bias=False)
-    assert layer.init(jax.random.key(0), random_input())["params"].keys() == {"kernel"}
-
-
-def test_layer_starts_without_bias_and_adds_the_one_it_learns():
-    layer, x = conv.Conv3D(features=4, stride=2), random_input()
-    params = layer.init(jax.random.key(0), x)["params"]
-    assert params["kernel"].shape == (3, 3, 3, 3, 4)
-    np.testing.assert_array_equal(params["bias"], np.zeros(4))
-    shifted = layer.apply({"params": {**params, "bias": jnp.arange(4.0)}}, x)
-    expected = reference(x, params["kernel"], 2) + np.arange(4.0)
-    np.testing.assert_allclose(shifted, expected, atol=1e-5)
-
-
 def test_local_norm_is_the_deviation_from_the_box_mean_over_the_box_deviation():
     rng = np.random.default_rng(0)
     image = rng.uniform(size=(1, 9, 8, 7, 2)).astype(np.float32)

@@ -10,9 +10,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from gridreg_jax.conv import Conv3D
 from gridreg_jax.errors import InputError
-from gridreg_jax.models.layers import instance_norm
+from gridreg_jax.models.layers import Conv3D, instance_norm
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.transforms.affine import affine_displacement, fit_affine, fit_rigid
 from gridreg_jax.transforms.thin_plate import check_kernel, fit_thin_plate

@@ -1,4 +1,4 @@
-"""Blocks that models share: feature encoder, position encoding, resampling between lattices, cross-attention."""
+"""Blocks that models share: convolution, feature encoder, position encoding, changes of lattice, cross-attention."""
 
 import functools
 import importlib
@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from gridreg_jax.attention import window_attention
-from gridreg_jax.conv import Conv3D
+from gridreg_jax.conv import conv3d
 from gridreg_jax.errors import InputError
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import integrate
@@ -22,6 +22,26 @@ from gridreg_jax.transforms.warp import integrate
 FREQUENCIES = np.pi * np.array([0.5, 1.0, 2.0, 3.0])
 # Width multiplier of each encoder level, the schedule that agrees with the paper's Table 2.
 WIDTHS = (1, 2, 2, 4, 4, 8, 8, 16, 16)
+
+
+class Conv3D(nn.Module):
+    """Convolution: `features` outputs, odd cubic kernel, zero padding; He initialisation, which suits a rectifier."""
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N X Y Z C"]) -> Float[Array, "N x y z D"]:
+        shape = (self.kernel_size,) * 3 + (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        x = conv3d(x, kernel.astype(x.dtype), stride=self.stride)
+        if not self.use_bias:
+            return x
+        return x + self.param("bias", self.bias_init, (self.features,)).astype(x.dtype)
 
 
 def instance_norm(x: Float[Array, "N X Y Z C"], *, epsilon: float = 1e-5) -> Float[Array, "N X Y Z C"]:

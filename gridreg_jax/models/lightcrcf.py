@@ -14,9 +14,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from gridreg_jax.conv import Conv3D, conv3d
+from gridreg_jax.conv import conv3d
 from gridreg_jax.errors import InputError
-from gridreg_jax.models.layers import crop
+from gridreg_jax.models.layers import Conv3D, crop
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.transforms.pyramid import double, halve
 from gridreg_jax.transforms.warp import compose, warp

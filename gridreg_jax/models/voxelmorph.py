@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from gridreg_jax.conv import Conv3D
 from gridreg_jax.errors import InputError
-from gridreg_jax.models.layers import crop, flow_of_half, pad_to_multiple
+from gridreg_jax.models.layers import Conv3D, crop, flow_of_half, pad_to_multiple
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import half_lattice

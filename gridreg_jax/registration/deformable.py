@@ -63,7 +63,7 @@ class Preset:
 
 PRESETS = {
     "fast": Preset(5.0, (Stage(2, 2, 20, 3.0), Stage(2, 1, 20, 3.0), Stage(2, 0, 20, 2.0))),
-    "balanced": Preset(4.0, (Stage(2, 2, 25, 2.0), Stage(2, 1, 25, 2.0), Stage(2, 0, 25, 0.5), Stage(1, 0, 15, 0.5))),
+    "balanced": Preset(4.0, (Stage(2, 2, 25, 2.0), Stage(2, 1, 25, 2.0), Stage(2, 0, 25, 0.5), Stage(1, 0, 18, 0.5))),
     "accurate": Preset(2.5, (Stage(2, 3, 30, 2.0), Stage(2, 2, 30, 2.0), Stage(2, 1, 40, 0.3), Stage(1, 0, 80, 0.3))),
 }
 

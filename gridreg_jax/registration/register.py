@@ -31,8 +31,9 @@ from gridreg_jax.transforms.warp import identity_grid, sample, warp_labels
 # Voxels that are sampled at a time.
 SLAB = 2_000_000
 # Of the search for the inverse: coarse, then fine, or for single points; and the share of each step that is taken.
-INVERSE_ITERATIONS, FINISHING_ITERATIONS, POINT_ITERATIONS = 12, 3, 100
-RELAXATION = 0.7
+# Whole steps diverge where u stretches most; the two that finish cannot go far astray, and are to bring most of it.
+INVERSE_ITERATIONS, FINISHING_ITERATIONS, POINT_ITERATIONS = 12, 2, 100
+RELAXATION, FINISHING_RELAXATION = 0.7, 0.9
 METHODS = (*instance.METHODS, "ncf")
 
 
@@ -368,14 +369,14 @@ def _pull_slab(array, displacement, start, matrix, outside, *, labels):
     return jnp.where(inside, values, outside)
 
 
-def _towards_inverse(w, u, points, iterations: int):
-    """w closer to `w(z) = -u(z + w(z))` at some points z (voxels of u). Plain steps diverge where u stretches most."""
-    return jax.lax.fori_loop(0, iterations, lambda _, w: w - RELAXATION * (w + sample(u, points + w)), w)
+def _towards_inverse(w, u, points, iterations: int, relaxation: float):
+    """w closer to `w(z) = -u(z + w(z))` at some points z (voxels of u)."""
+    return jax.lax.fori_loop(0, iterations, lambda _, w: w - relaxation * (w + sample(u, points + w)), w)
 
 
 @stored
 def _invert(u):
-    return _towards_inverse(jnp.zeros_like(u), u, identity_grid(u.shape[:3]), INVERSE_ITERATIONS)
+    return _towards_inverse(jnp.zeros_like(u), u, identity_grid(u.shape[:3]), INVERSE_ITERATIONS, RELAXATION)
 
 
 @functools.partial(stored, static_argnames=("shape",))
@@ -387,7 +388,8 @@ def _inverse_slab(coarse, u, step, start, to_voxels, linear, fixed, *, shape):
     """
     lattice = identity_grid(shape).at[..., 0].add(start)
     points = _linear(lattice, to_voxels)
-    w = _towards_inverse(sample(coarse, points / step) * step, u, points, FINISHING_ITERATIONS)
+    w = sample(coarse, points / step) * step
+    w = _towards_inverse(w, u, points, FINISHING_ITERATIONS, FINISHING_RELAXATION)
     return apply_affine(w, fixed) + _linear(lattice, linear)
 
 

@@ -1,11 +1,26 @@
-"""Where the features of an encoder lie."""
+"""The layers' parameters, and where the features of an encoder lie."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gridreg_jax.models.layers import Encoder, FeatureMap, feature_coordinates, instance_norm
+from gridreg_jax.conv import conv3d
+from gridreg_jax.models.layers import Conv3D, Encoder, FeatureMap, feature_coordinates, instance_norm
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_convolution_starts_without_bias_and_adds_the_one_it_learns_if_it_has_one(use_bias):
+    layer = Conv3D(features=4, stride=2, use_bias=use_bias)
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 9, 3))
+    params = layer.init(jax.random.key(1), x)["params"]
+    plain = conv3d(x, params["kernel"], stride=2)
+    assert params["kernel"].shape == (3, 3, 3, 3, 4)
+    np.testing.assert_allclose(layer.apply({"params": params}, x), plain, atol=1e-6)
+    assert set(params) - {"kernel"} == ({"bias"} if use_bias else set())
+    if use_bias:
+        shifted = layer.apply({"params": params | {"bias": jnp.arange(4.0)}}, x)
+        np.testing.assert_allclose(shifted, plain + jnp.arange(4.0), atol=1e-5)
 
 
 @pytest.mark.parametrize("pooled", [False, True])
