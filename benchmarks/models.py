@@ -58,6 +58,8 @@ def main() -> None:
     unknown = set(options.only or ()) - set(known)
     if unknown:
         parser.error(f"--only: {', '.join(sorted(unknown))} not known; known are {', '.join(known)}")
+    # What is kept traced is for one platform; arithmetic is counted as on another.
+    jax.config.update("jax_compilation_cache_dir", None)
     print(f"{'x'.join(map(str, options.shape))} voxels, {jax.devices()[0].device_kind}, {cpu_model()}")
     print(f"{'':<24}{'parameters':>12}{'GFLOP':>9}{'MiB':>8}{'ms':>9}")
     rows = {}

@@ -17,8 +17,9 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Call
     """`jax.jit`, whose traced programs are kept beside the compiled ones where there is a compilation cache.
 
     The cache of compiled programs is found by what was traced, and tracing a registration takes Python some seconds. A
-    kept program is used as long as this library's source, JAX, Flax, Optax, the platform, the arguments' shapes and
-    types, and the static arguments are the same. A function that runs code from elsewhere must not be stored.
+    kept program is used as long as this library's source, JAX, its settings, Flax, Optax, the platform, the shapes and
+    types of the arguments, and the static arguments are the same. A function that runs code from elsewhere must not be
+    stored.
 
     Args:
       function: of arrays and numbers (or trees of them), and of keyword arguments.
@@ -61,7 +62,8 @@ def _kept(path: Path, jitted: Callable, shapes, static: dict) -> Callable:
 
 
 def _digest(function: Callable, key: tuple) -> str:
-    known = function.__module__, function.__qualname__, _code(), jax.default_backend(), key[1:]
+    settings = sorted(jax.config.values.items())  # precision and the like; more than tracing looks at
+    known = function.__module__, function.__qualname__, _code(), jax.default_backend(), settings, key[1:]
     return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 
 

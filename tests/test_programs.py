@@ -44,3 +44,11 @@ def test_without_a_cache_nothing_is_written(program_cache):
     jax.config.update("jax_compilation_cache_dir", None)
     np.testing.assert_allclose(make()[0](*arguments(), power=2)["sum"], [0.5, 1.5, 4.5])
     assert not (program_cache / "programs").exists()
+
+
+def test_another_setting_of_jax_is_another_program(program_cache):
+    (first, traced), (later, traced_later) = make(), make()
+    first(*arguments(), power=2)
+    with jax.default_matmul_precision("highest"):
+        later(*arguments(), power=2)
+    assert traced == traced_later == [2]
