@@ -179,22 +179,30 @@ def open_pairs(
 
 
 def batches(
-    dataset: Dataset, *, batch_size: int, seed: int, start: int, stop: int, part: tuple[int, int] = (0, 1)
-) -> Iterator[dict[str, np.ndarray]]:
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    stop: int,
+    part: tuple[int, int] = (0, 1),
+    place: Callable[[dict[str, np.ndarray]], dict] = lambda batch: batch,
+) -> Iterator[dict]:
     """Training batches of steps start to stop - 1, prepared ahead by threads; a batch is a function of (seed, step).
 
     Args:
       batch_size: pairs in a whole batch.
       part: (i, n): the i-th of n equal parts of every batch, in order.
+      place: what the threads do with a batch at last: bring it to the devices.
     """
     import grain  # heavy, and only training needs it
 
     size = batch_size // part[1]
     mine = slice(part[0] * size, (part[0] + 1) * size)
 
-    def batch(step: int) -> dict[str, np.ndarray]:
+    def batch(step: int) -> dict:
         rng = generator(seed, "training pairs", step)
-        return dataset.arrays([dataset.draw(rng) for _ in range(batch_size)][mine])
+        return place(dataset.arrays([dataset.draw(rng) for _ in range(batch_size)][mine]))
 
     source = grain.MapDataset.range(start, stop).map(batch)
     return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

@@ -83,7 +83,7 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
             look = dict(unit="step", smoothing=0.05, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
             progress = tqdm(total=config["steps"], initial=start, disable=not leads, **look)
             mine = (jax.process_index(), jax.process_count())
-            options = dict(batch_size=config["batch_size"], part=mine, seed=config["seed"])
+            options = dict(batch_size=config["batch_size"], part=mine, seed=config["seed"], place=shard)
             stream = batches(dataset, **options, start=start, stop=config["steps"])
             steps = None  # compiled with the first batch
             waited = spent = 0.0  # seconds: for data, and in all
@@ -92,7 +92,7 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
             while step < config["steps"] and not stopped(step):
                 grid_size = draw_grid_size(config["grid_sizes"], seed=config["seed"], step=step)
                 asked = time.perf_counter()
-                batch = shard(next(stream))
+                batch = next(stream)
                 waiting = time.perf_counter() - asked
                 if steps is None:
                     steps = _compile(train_step, state, batch, config["grid_sizes"], notify)
