@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -56,8 +57,11 @@ def _restored(path: Path) -> Callable | None:
 
 def _kept(path: Path, jitted: Callable, shapes, static: dict) -> Callable:
     exported = jax.export.export(jitted)(*shapes, **static)
-    with replacing(path) as temporary:
-        temporary.write_bytes(exported.serialize())
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(exported.serialize())
+    except OSError as error:  # As JAX does with compiled programs.
+        warnings.warn(f"{path.parent}: cannot be written ({error.strerror}): later starts take longer", stacklevel=2)
     return jax.jit(exported.call)
 
 

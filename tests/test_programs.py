@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gridreg_jax.programs import stored
 
@@ -52,3 +53,10 @@ def test_another_setting_of_jax_is_another_program(program_cache):
     with jax.default_matmul_precision("highest"):
         later(*arguments(), power=2)
     assert traced == traced_later == [2]
+
+
+def test_where_nothing_can_be_written_it_runs_all_the_same_and_says_so(program_cache):
+    program_cache.mkdir()
+    (program_cache / "programs").write_text("in the way")
+    with pytest.warns(UserWarning, match="programs: cannot be written .*: later starts take longer"):
+        np.testing.assert_allclose(make()[0](*arguments(), power=2)["sum"], [0.5, 1.5, 4.5])
