@@ -30,10 +30,12 @@ from gridreg_jax.transforms.warp import identity_grid, sample, warp_labels
 
 # Voxels that are sampled at a time.
 SLAB = 2_000_000
-# Of the search for the inverse: coarse, then fine, or for single points; and the share of each step that is taken.
-# Whole steps diverge where u stretches most; the two that finish cannot go far astray, and are to bring most of it.
-INVERSE_ITERATIONS, FINISHING_ITERATIONS, POINT_ITERATIONS = 12, 2, 100
-RELAXATION, FINISHING_RELAXATION = 0.7, 0.9
+# Of the search for the inverse: coarse, or for single points; and the share of each step that is taken. Whole steps
+# diverge where u stretches most.
+INVERSE_ITERATIONS, POINT_ITERATIONS, RELAXATION = 12, 100, 0.7
+# Of its end on the moving lattice, where large images have little time: voxels times iterations; at least and at most
+# so many of these. They cannot go far astray, and are to bring most of it.
+FINISHING_VOXELS, FINISHING_ITERATIONS, FINISHING_RELAXATION = 20_000_000, (2, 10), 0.9
 METHODS = (*instance.METHODS, "ncf")
 
 
@@ -133,6 +135,7 @@ class Registration:
         to_fixed = np.linalg.inv(self.matrix) @ self.moving.affine
         to_voxels, linear = np.linalg.inv(self.fixed.affine) @ to_fixed, to_fixed - self.moving.affine
         result = np.empty((*self.moving.array.shape, 3), np.float32)
+        iterations = int(np.clip(FINISHING_VOXELS // self.moving.array.size, *FINISHING_ITERATIONS))
         for start, stop in _slabs(self.moving.array.shape):
             result[start:stop] = _inverse_slab(
                 coarse,
@@ -143,6 +146,7 @@ class Registration:
                 linear[:3],
                 self.fixed.affine[:3, :3],
                 shape=(stop - start, *result.shape[1:3]),
+                iterations=iterations,
             )
         return result
 
@@ -379,8 +383,8 @@ def _invert(u):
     return _towards_inverse(jnp.zeros_like(u), u, identity_grid(u.shape[:3]), INVERSE_ITERATIONS, RELAXATION)
 
 
-@functools.partial(stored, static_argnames=("shape",))
-def _inverse_slab(coarse, u, step, start, to_voxels, linear, fixed, *, shape):
+@functools.partial(stored, static_argnames=("shape", "iterations"))
+def _inverse_slab(coarse, u, step, start, to_voxels, linear, fixed, *, shape, iterations):
     """The inverse map's displacement (mm) at some rows of the moving lattice.
 
     Args:
@@ -389,7 +393,7 @@ def _inverse_slab(coarse, u, step, start, to_voxels, linear, fixed, *, shape):
     lattice = identity_grid(shape).at[..., 0].add(start)
     points = _linear(lattice, to_voxels)
     w = sample(coarse, points / step) * step
-    w = _towards_inverse(w, u, points, FINISHING_ITERATIONS, FINISHING_RELAXATION)
+    w = _towards_inverse(w, u, points, iterations, FINISHING_RELAXATION)
     return apply_affine(w, fixed) + _linear(lattice, linear)
 
 
