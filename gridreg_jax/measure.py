@@ -1,5 +1,6 @@
 """Run a model over pairs, measure each of them, and summarise: what validation and evaluation share."""
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -13,7 +14,6 @@ from scipy import ndimage
 from gridreg_jax import metrics
 from gridreg_jax.data.pipeline import Dataset
 from gridreg_jax.instance import refine
-from gridreg_jax.models import runs_foreign_code
 from gridreg_jax.programs import stored
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import warp, warp_labels
@@ -46,23 +46,21 @@ def make_predict(model: nn.Module, *, refinement: dict | None = None) -> Callabl
         None: none.
     """
 
-    run = (jax.jit if runs_foreign_code(model) else stored)(
-        _prediction, static_argnames=("model", "grid_size", "refinement")
-    )
     options = freeze(refinement) if refinement else None
 
     def predict(params, batch: dict[str, jax.Array], grid_size: GridSize) -> dict[str, jax.Array]:
-        return run(params, batch, model=model, grid_size=grid_size, refinement=options)
+        return _predict(params, batch, model=model, grid_size=grid_size, refinement=options)
 
     return jax.jit(predict, static_argnums=(2,))
 
 
-def _prediction(params, batch: dict[str, jax.Array], *, model, grid_size, refinement) -> dict[str, jax.Array]:
+@functools.partial(stored, static_argnames=("model", "grid_size", "refinement"))
+def _predict(params, batch: dict[str, jax.Array], *, model, grid_size, refinement) -> dict[str, jax.Array]:
     prediction = model.apply(params, batch["fixed"], batch["moving"], grid_size=grid_size)
     displacement = prediction.displacement
     if refinement:
         images, interpolator = (batch["fixed"], batch["moving"]), model.interpolator
-        options = {**refinement} if interpolator == "bspline" else {**refinement, "folding": None}
+        options = dict(refinement) if interpolator == "bspline" else {**refinement, "folding": None}
         control_grid = refine(prediction.control_grid, *images, interpolator=interpolator, **options)
         displacement = interpolate(control_grid, batch["fixed"].shape[1:4], method=interpolator)
     result = _applied(batch, displacement)

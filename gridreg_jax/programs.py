@@ -19,8 +19,8 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Call
 
     The cache of compiled programs is found by what was traced, and tracing a registration takes Python some seconds. A
     kept program is used as long as this library's source, JAX, its settings, Flax, Optax, the platform, the shapes and
-    types of the arguments, and the static arguments are the same. A function that runs code from elsewhere must not be
-    stored.
+    types of the arguments, and the static arguments are the same. Where one of these has a true attribute
+    `runs_foreign_code`, whose changes nobody would see, nothing is kept.
 
     Args:
       function: of arrays and numbers (or trees of them), and of keyword arguments.
@@ -32,10 +32,11 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Call
     @functools.wraps(function)
     def call(*arguments, **static):
         folder = jax.config.jax_compilation_cache_dir
-        if not folder:
+        if not folder or any(getattr(value, "runs_foreign_code", False) for value in static.values()):
             return jitted(*arguments, **static)
         shapes = jax.tree.map(_type, arguments)
-        key = (folder, str(shapes), *sorted(static.items()))
+        settings = repr(sorted(jax.config.values.items()))  # precision and the like; more than tracing looks at
+        key = (folder, settings, str(shapes), *sorted(static.items()))
         if key not in programs:
             path = Path(folder) / "programs" / f"{function.__name__}_{_digest(function, key)}"
             programs[key] = _restored(path) or _kept(path, jitted, shapes, static)
@@ -66,8 +67,7 @@ def _kept(path: Path, jitted: Callable, shapes, static: dict) -> Callable:
 
 
 def _digest(function: Callable, key: tuple) -> str:
-    settings = sorted(jax.config.values.items())  # precision and the like; more than tracing looks at
-    known = function.__module__, function.__qualname__, _code(), jax.default_backend(), settings, key[1:]
+    known = function.__module__, function.__qualname__, _code(), jax.default_backend(), key[1:]
     return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 
 

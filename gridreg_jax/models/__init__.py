@@ -52,13 +52,8 @@ def has_control_grid(model: nn.Module) -> bool:
     return "interpolator" in _fields(model)
 
 
-def runs_foreign_code(model: nn.Module) -> bool:
-    """Whether a model has an encoder from elsewhere, which may change: its programs must not be stored."""
-    return ":" in str(getattr(model, "encoder", ""))
-
-
 def _fields(model) -> list[str]:
     return [field for field in model.__dataclass_fields__ if field not in ("parent", "name")]
 
 
-__all__ = ["MODELS", "Prediction", "build", "describe", "has_control_grid", "runs_foreign_code"]
+__all__ = ["MODELS", "Prediction", "build", "describe", "has_control_grid"]

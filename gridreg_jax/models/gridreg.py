@@ -77,6 +77,11 @@ class GridReg(nn.Module):
     contrast_window: int = 0
     precision: str = "float32"
 
+    @property
+    def runs_foreign_code(self) -> bool:
+        """Whether the encoder is a class from elsewhere (see `programs.stored`)."""
+        return ":" in self.encoder
+
     @nn.compact
     def __call__(
         self,

@@ -1,8 +1,8 @@
 """A network's proposal for two images, trained before or fitted to the two: where the optimisation begins."""
 
 import dataclasses
+import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32
@@ -10,7 +10,6 @@ from jaxtyping import Float, Float32
 from gridreg_jax import ncf, rng
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.data.preprocess import Lattice, place
-from gridreg_jax.models import runs_foreign_code
 from gridreg_jax.programs import stored
 from gridreg_jax.registration.deformable import on_lattice
 from gridreg_jax.training.trained import Trained
@@ -48,7 +47,7 @@ def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Pr
     lattice = Lattice(data["shape"], data["spacing"], data["center"])
     (fixed_array, fixed_affine), (moving_array, moving_affine) = (place(volume, lattice) for volume in (fixed, moving))
     to_lattice = np.linalg.inv(fixed_affine) @ like.affine
-    displacement, variance_mm2 = (_compiled if runs_foreign_code(trained.model) else _stored)(
+    displacement, variance_mm2 = _predict(
         trained.params,
         fixed_array,
         moving_array,
@@ -84,6 +83,7 @@ def _fit_ncf(fixed, moving, known):
     return ncf.optimise(fixed, moving, key=rng.key(0, "ncf"), mask=known)
 
 
+@functools.partial(stored, static_argnames=("model", "grid_size", "shape"))
 def _predict(params, fixed, moving, to_lattice, to_voxels, squared_spacing, *, model, grid_size, shape):
     prediction = model.apply(params, fixed[None, ..., None], moving[None, ..., None], grid_size=grid_size)
     points = apply_affine(identity_grid(shape), to_lattice[:, :3], to_lattice[:, 3])
@@ -92,6 +92,3 @@ def _predict(params, fixed, moving, to_lattice, to_voxels, squared_spacing, *, m
     if prediction.variance is not None:
         variance_mm2 = jnp.sum(sample(prediction.variance[0], points) * squared_spacing, axis=-1)
     return apply_affine(displacement, to_voxels), variance_mm2
-
-
-_compiled, _stored = (wrap(_predict, static_argnames=("model", "grid_size", "shape")) for wrap in (jax.jit, stored))

@@ -1,6 +1,7 @@
 """The training step, data parallel over all devices of all processes: the only place that knows of `pmap`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,7 +19,7 @@ from gridreg_jax.augment import augment, foreground_points
 from gridreg_jax.errors import InputError
 from gridreg_jax.measure import GridSize, candidates
 from gridreg_jax.memory import return_freed_memory
-from gridreg_jax.models import Prediction, build, runs_foreign_code
+from gridreg_jax.models import Prediction, build
 from gridreg_jax.programs import stored
 from gridreg_jax.training.objective import objective
 from gridreg_jax.training.optimizer import build_optimizer
@@ -157,18 +158,12 @@ def make_train_step(
         growth = jnp.minimum(1.0, (step + 1) / ramp)
         return augment(batch, example_keys("augmentation", step, local), **strengths, growth=growth)
 
-    # What tracing a step is all about, so that a later start need not.
-    gradient_of = (jax.jit if runs_foreign_code(model) else stored)(
-        _loss_gradient, static_argnames=("model", "grid_size", "loss")
-    )
-    fixed_arguments = dict(model=model, loss=freeze(loss))
-
     def update(state: TrainState, batch: dict[str, jax.Array], grid_size: GridSize):
         example_streams = getattr(model, "example_streams", ())
         keys = {name: example_keys(name, state.step, len(batch["fixed"])) for name in ("posterior", *example_streams)}
         keys["iterations"] = rng.key(seed, "iterations", state.step)
-        averaged = gradient_of(state.params, batch, keys, grid_size=grid_size, **fixed_arguments)
-        gradient, metrics = jax.lax.pmean(averaged, AXIS)
+        found = _loss_gradient(state.params, batch, keys, model=model, grid_size=grid_size, loss=freeze(loss))
+        gradient, metrics = jax.lax.pmean(found, AXIS)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -185,8 +180,9 @@ def make_train_step(
     return TrainStep(jax.pmap(change, axis_name=AXIS, in_axes=(None, 0)) if changes else None, update)
 
 
+@functools.partial(stored, static_argnames=("model", "grid_size", "loss"))
 def _loss_gradient(params, batch: dict[str, jax.Array], keys: dict[str, jax.Array], *, model, grid_size, loss):
-    """Gradient of the mean loss of a device's examples, and the metrics.
+    """Gradient of the mean loss of a device's examples, and the metrics: nearly all of what is traced of a step.
 
     Args:
       keys: "posterior" and those of the model's `example_streams`: one an example; "iterations": one for all.

@@ -131,9 +131,9 @@ def test_ncf_finds_a_known_deformation(phantom, lattice):
 
 
 class Elsewhere(nn.Module):
-    """As `Known`, with a class of another package for its encoder."""
+    """As `Known`, with code of another package."""
 
-    encoder: str = "package.module:Class"
+    runs_foreign_code = True
 
     @nn.compact
     def __call__(self, fixed, moving, *, grid_size, train=False):

@@ -1,12 +1,14 @@
 """One registration of a small pair with awkward headers, and everything that can be done with it."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 import gridreg_jax
 from gridreg_jax import geometry
@@ -121,6 +123,24 @@ def test_the_inverse_leads_back(out, found):
     np.testing.assert_allclose(found.map_points_back(there), points_mm, atol=1e-3)
     field = [itk.read(out / "inverse_displacement.nii.gz")[0]]
     assert np.linalg.norm(itk.apply(field, there) - points_mm, axis=1).mean() < 0.2
+
+
+def test_a_small_image_gets_its_inverse_exactly_where_the_map_is_steep_too(found):
+    """At its voxels, against SciPy's linear interpolation of the map."""
+    image = Volume(np.zeros((24, 22, 20), np.float32), np.eye(4), Path("image.nii"))
+    steep = dataclasses.replace(
+        found,
+        **dict.fromkeys(("fixed", "moving", "fixed_working", "moving_working"), image),
+        matrix=np.eye(4),
+        control_grid=np.random.default_rng(0).uniform(-1, 1, (7, 7, 7, 3)).astype(np.float32),
+    )
+    voxels = np.indices(image.array.shape)
+    reached = voxels + np.moveaxis(steep.inverse_displacement_mm, -1, 0)
+    displacement = [ndimage.map_coordinates(part, reached, order=1) for part in np.moveaxis(steep.displacement, -1, 0)]
+    last = np.reshape(image.array.shape, (3, 1, 1, 1)) - 1
+    inside = ((reached >= 0) & (reached <= last)).all(axis=0)
+    assert inside.mean() > 0.8
+    np.testing.assert_allclose((reached + displacement)[:, inside], voxels[:, inside], atol=1e-3)
 
 
 def test_written_points(out, folder, found):

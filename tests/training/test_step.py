@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gridreg_jax.errors import InputError
+from gridreg_jax.programs import stored
 from gridreg_jax.training import step as training
 
 SHAPE, BATCH, STEPS, GRID = (16, 20, 16), 2, 5, (4, 5, 4)
@@ -174,7 +175,10 @@ def test_a_later_start_traces_the_network_only_if_it_has_code_from_elsewhere(
     state, sharded = run.init_state(), training.shard(batch())
     texts = []
     for _ in range(2):
-        jax.clear_caches()  # as in another process
+        # As in another process.
+        jax.clear_caches()
+        fresh = stored(training._loss_gradient.__wrapped__, static_argnames=("model", "grid_size", "loss"))
+        monkeypatch.setattr(training, "_loss_gradient", fresh)
         step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation={})
         texts.append(step.update.lower(state, sharded, GRID).as_text())
     assert len(calls) == traced
