@@ -13,6 +13,10 @@ import numpy as np
 
 from gridreg_jax.files import replacing
 
+# Of each function that a process holds at a time. On Linux a program for the CPU takes hundreds of the 65 530 mappings
+# that a process may have, and the compiler dies without.
+PROGRAMS = 32
+
 
 def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Callable:
     """`jax.jit`, whose traced programs are kept beside the compiled ones where there is a compilation cache.
@@ -27,20 +31,21 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Call
       static_argnames: these; every keyword argument must be among them.
     """
     jitted = jax.jit(function, static_argnames=static_argnames)
-    programs = {}
+
+    @functools.lru_cache(PROGRAMS)
+    def program(folder, settings, structure, types, static) -> Callable:
+        path = Path(folder) / "programs" / f"{function.__name__}_{_digest(function, settings, structure, types, static)}"
+        return _restored(path) or _kept(path, jitted, jax.tree.unflatten(structure, types), dict(static))
 
     @functools.wraps(function)
     def call(*arguments, **static):
         folder = jax.config.jax_compilation_cache_dir
         if not folder or any(getattr(value, "runs_foreign_code", False) for value in static.values()):
             return jitted(*arguments, **static)
-        shapes = jax.tree.map(_type, arguments)
         settings = repr(sorted(jax.config.values.items()))  # precision and the like; more than tracing looks at
-        key = (folder, settings, str(shapes), *sorted(static.items()))
-        if key not in programs:
-            path = Path(folder) / "programs" / f"{function.__name__}_{_digest(function, key)}"
-            programs[key] = _restored(path) or _kept(path, jitted, shapes, static)
-        return programs[key](*arguments)
+        leaves, structure = jax.tree.flatten(arguments)
+        run = program(folder, settings, structure, tuple(map(_type, leaves)), tuple(sorted(static.items())))
+        return run(*arguments)
 
     return call
 
@@ -66,8 +71,8 @@ def _kept(path: Path, jitted: Callable, shapes, static: dict) -> Callable:
     return jax.jit(exported.call)
 
 
-def _digest(function: Callable, key: tuple) -> str:
-    known = function.__module__, function.__qualname__, _code(), jax.default_backend(), key[1:]
+def _digest(function: Callable, *key) -> str:
+    known = function.__module__, function.__qualname__, _code(), jax.default_backend(), key
     return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 
 

@@ -1,8 +1,12 @@
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gridreg_jax import programs
 from gridreg_jax.programs import stored
 
 
@@ -45,6 +49,23 @@ def test_without_a_cache_nothing_is_written(program_cache):
     jax.config.update("jax_compilation_cache_dir", None)
     np.testing.assert_allclose(make()[0](*arguments(), power=2)["sum"], [0.5, 1.5, 4.5])
     assert not (program_cache / "programs").exists()
+
+
+def test_only_so_many_programs_are_held(program_cache, monkeypatch):
+    held, keep = [], programs._kept
+
+    def observed(*arguments):
+        program = keep(*arguments)
+        held.append(weakref.ref(program))
+        return program
+
+    monkeypatch.setattr(programs, "PROGRAMS", 2)
+    monkeypatch.setattr(programs, "_kept", observed)
+    function, _ = make()
+    for size in (3, 4, 5):
+        function(*arguments(size), power=2)
+    gc.collect()
+    assert [reference() is None for reference in held] == [True, False, False]
 
 
 def test_another_setting_of_jax_is_another_program(program_cache):

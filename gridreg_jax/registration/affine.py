@@ -16,14 +16,16 @@ from gridreg_jax.data.nifti import Volume
 from gridreg_jax.data.preprocess import Lattice, lattice_affine, normalise, resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.instance import descend
-from gridreg_jax.losses import SIMILARITIES
+from gridreg_jax.losses import nmi
 from gridreg_jax.programs import stored
 from gridreg_jax.transforms.warp import identity_grid, sample
 
-# Voxels along the longest side, steps, and step size in the unit of the parameters (see `_matrix`). At the coarsest
-# level every start is tried, and the best few go on.
-LEVELS = ((13, 40, 0.04), (26, 40, 0.01), (48, 25, 0.004))
-SURVIVORS = 2
+# Voxels along every side, steps, and step size in the unit of the parameters (see `_matrix`). At the coarsest level every
+# start is tried, and the best few go on.
+LEVELS = ((12, 30, 0.05), (20, 40, 0.01), (40, 20, 0.004))
+SURVIVORS = 4
+# What it costs, in `losses.nmi`, if nothing of the fields of view overlaps: images mostly show the same part of a body.
+OVERLAP = 0.04
 TURN = np.pi / 6
 # Share of the smaller of the two fields of view that must lie in the other.
 LEAST_OVERLAP = 0.1
@@ -35,19 +37,17 @@ def align(
     mask: Volume | None = None,
     *,
     kind: Literal["affine", "rigid"] = "affine",
-    similarity: str = "ncc",
 ) -> Float[np.ndarray, "4 4"]:
-    """The affine or rigid map under which two images are most alike, from no knowledge of how they lie.
+    """The affine or rigid map of most mutual information between two images, from no knowledge of how they lie.
 
     A short rigid search starts with the centres of mass on each other, with the middles of the fields of view on each
     other, and from the headers, each with turns of 30 degrees about the three axes. The best go on, coarse to fine.
-    What lies outside the moving image's field of view does not count.
+    What lies outside the moving image's field of view does not count; that it lies there costs a little.
 
     Args:
       fixed, moving: images of any lattice.
       mask: where the fixed image counts (values other than 0); None: everywhere.
       kind: affine (12 parameters), or rigid (6).
-      similarity: a name in `losses.SIMILARITIES`: "ncc" within one modality, "nmi" between two.
 
     Returns:
       RAS mm of the fixed image -> RAS mm of the moving image.
@@ -64,9 +64,9 @@ def align(
     shifts = np.array([moving_center, _middle(moving) + center - _middle(fixed), center]) - moving_center
     parameters = np.array([[*shift / radius, *turn] for shift in shifts for turn in turns], np.float32)
     for number, (voxels, steps, learning_rate) in enumerate(LEVELS):
-        # A small part of a large image would make either lattice tiny or huge.
-        spacing = max(min(sides) / voxels, max(sides) / (3 * voxels))
-        fixed_level, moving_level = (_at_spacing(volume, spacing) for volume in (fixed, moving))
+        # About one spacing for both, but a small part of a large image would make either lattice tiny or huge.
+        counts = [voxels * round(min(3, side / min(sides))) for side in sides]
+        fixed_level, moving_level = (_of_size(*pair) for pair in zip((fixed, moving), counts, strict=True))
         if number == 1 and kind == "affine":
             parameters = np.pad(parameters, [(0, 0), (0, 6)])
         to_moving = np.linalg.inv(moving_level.affine)
@@ -84,7 +84,6 @@ def align(
             possible,
             learning_rate,
             steps=steps,
-            similarity=similarity,
         )
         # A start that failed has a loss of NaN, and comes last.
         parameters = np.asarray(parameters)[np.argsort(losses)[: SURVIVORS if number == 0 else 1]]
@@ -114,8 +113,8 @@ def check_overlap(fixed: Volume, moving: Volume, matrix: Float[np.ndarray, "4 4"
         )
 
 
-@functools.partial(stored, static_argnames=("steps", "similarity"))
-def _search(fixed, moving, weight, to_points, to_voxels, starts, possible, learning_rate, *, steps, similarity):
+@functools.partial(stored, static_argnames=("steps",))
+def _search(fixed, moving, weight, to_points, to_voxels, starts, possible, learning_rate, *, steps):
     """The loss of each start before its last step, which is a tiny one, and its parameters after it.
 
     Args:
@@ -132,9 +131,10 @@ def _search(fixed, moving, weight, to_points, to_voxels, starts, possible, learn
         # From 1 at the outermost voxel centres to 0 a voxel farther out, so that the overlap has a gradient too.
         inside = jnp.prod(jnp.clip(1 + jnp.minimum(reached, last - reached), 0, 1), axis=-1)
         warped = sample(moving[..., None], reached)
-        unlike = SIMILARITIES[similarity](fixed[None, ..., None], warped[None], mask=(weight * inside)[None])[0]
-        # A sliver can be alike by chance: less than half of what could overlap costs.
-        value = unlike + jnp.maximum(0, 0.5 - jnp.mean(inside) / possible)
+        unlike = nmi(fixed[None, ..., None], warped[None], mask=(weight * inside)[None])[0]
+        overlap = jnp.mean(inside) / possible
+        # A sliver can be alike by chance: less than half of what could overlap costs much.
+        value = unlike + OVERLAP * jnp.maximum(0, 1 - overlap) + jnp.maximum(0, 0.5 - overlap)
         return value, value
 
     def one(start):
@@ -166,10 +166,9 @@ def _matrix(parameters: Float[Array, " P"]) -> tuple[Float[Array, "3 3"], Float[
     return rotation @ jnp.array([[a, d, e], [0, b, f], [0, 0, c]]), shift
 
 
-def _at_spacing(volume: Volume, spacing: float) -> Volume:
-    """The volume from corner to corner on a lattice of about this spacing (mm), nowhere finer than its own."""
-    sides = np.subtract(volume.array.shape, 1) * geometry.spacing(volume.affine)
-    shape = tuple(int(size) for size in np.minimum(volume.array.shape, np.maximum(2, np.rint(sides / spacing) + 1)))
+def _of_size(volume: Volume, count: int) -> Volume:
+    """The volume from corner to corner with so many voxels along every side, or its own where it has fewer."""
+    shape = tuple(min(count, size) for size in volume.array.shape)
     affine = corner_to_corner(volume, shape)
     return Volume(resample(volume, affine, shape), affine, volume.path)
 

@@ -26,6 +26,8 @@ from gridreg_jax.transforms.interpolation import axis_weights, interpolate
 
 # Voxels of the finest lattice: 2 mm for a brain of 1 mm.
 BUDGET = 750_000
+# A side of fewer voxels stays as it is.
+LEAST_SHARED = 24
 # Voxels of the stage's lattice, the largest change of a control point in a step.
 LEARNING_RATE = 0.25
 # Weight of the penalty on folding, see `instance.refine_recorded`: hardly any cell is left without a proof.
@@ -86,14 +88,15 @@ class StageResult:
 def finest_shape(fixed: Volume) -> tuple[int, int, int]:
     """Voxels an axis of the finest lattice for a fixed image.
 
-    Isotropic where the image is fine enough, nowhere finer than the image, and not many more voxels than `BUDGET`.
-    Sides shorter than the image's are multiples of 8, so that images of about one size share compiled programs.
+    Isotropic where the image is fine enough, hardly finer than the image, and not many more voxels than `BUDGET`. Sides
+    are multiples of 8, but for those of few or thick slices, so that images of about one size share compiled programs.
     """
     shape, spacing = np.array(fixed.array.shape), geometry.spacing(fixed.affine)
     step = spacing.min()
     while np.prod(size := np.minimum(shape, (shape - 1) * spacing / step + 1)) > BUDGET:
         step *= 1.02
-    return tuple(int(n) for n in np.where(size < shape, np.minimum(shape, np.maximum(8, 8 * np.rint(size / 8))), shape))
+    shared = np.where(size < shape, np.minimum(shape, np.maximum(8, 8 * np.rint(size / 8))), 8 * np.ceil(shape / 8))
+    return tuple(int(n) for n in np.where(shape < LEAST_SHARED, size, shared))
 
 
 def deform(

@@ -242,8 +242,7 @@ def register(
         stages = dataclasses.replace(stages, stages=(dataclasses.replace(stages.stages[-1], steps=steps),))
     elif matrix is None:
         kind = "rigid" if affine == "rigid" else "affine"
-        start_similarity = "nmi" if similarity in ("nmi", "mind") else "ncc"
-        matrix = affine_start.align(fixed_working, moving_working, mask, kind=kind, similarity=start_similarity)
+        matrix = affine_start.align(fixed_working, moving_working, mask, kind=kind)
     affine_start.check_overlap(fixed, moving, matrix)
     if method == "ncf":
         from gridreg_jax.registration.network import fit_ncf
