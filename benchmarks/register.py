@@ -46,7 +46,7 @@ def main() -> None:
     for pair in pairs:
         rows.append(measure(pair, arguments.pairs.parent, arguments.preset, arguments.runs, more))
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-    names = ("dice_before", "dice", "folding_percent", "seconds")
+    names = ("dice_before", "dice_affine", "dice", "folding_percent", "seconds")
     means = {name: round(statistics.mean(row[name] for row in rows), 4) for name in names}
     print("mean: " + "  ".join(f"{name} {value}" for name, value in means.items()))
     if arguments.out:
@@ -78,6 +78,7 @@ def measure(pair: dict, root: Path, preset: str, runs: int, more: list[str]) -> 
         "fixed": paths["fixed"].name,
         "moving": paths["moving"].name,
         "dice_before": dice("before"),
+        "dice_affine": dice("affine"),
         "dice": dice("after"),
         "folding_percent": metrics["folding_percent"],
         "invertible": metrics["certificate"]["invertible"],

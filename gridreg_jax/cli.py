@@ -132,16 +132,19 @@ def _register(options: argparse.Namespace) -> None:
         also_apply=also_apply,
         command=shlex.join(["gridreg", *sys.argv[1:]]),
     )
-    before, after = (metrics["correlation"][when] for when in ("before", "after"))
-    print(f"correlation {before or 0:.3f} before, {after or 0:.3f} after; {registration.certificate}")
+    print(f"correlation {_stages(metrics['correlation'])}; {registration.certificate}")
     if "dice" in metrics:
-        dice = [metrics["dice"][when]["mean"] or 0.0 for when in ("before", "after")]
-        print(f"mean Dice {dice[0]:.3f} before, {dice[1]:.3f} after")
+        print(f"mean Dice {_stages({when: part['mean'] for when, part in metrics['dice'].items()})}")
     if "tre_mm" in metrics:
-        print(f"points {metrics['tre_mm']['before']:.2f} mm apart before, {metrics['tre_mm']['after']:.2f} mm after")
+        print(f"points {_stages(metrics['tre_mm'], digits=2)} mm apart")
     if not registration.certificate.invertible:
         print("warning: the map is not proven to be invertible; coarser cells (--grid) help", file=sys.stderr)
     print(f"written to {options.out} in {time.monotonic() - start:.1f} s; see {options.out}/report.html")
+
+
+def _stages(numbers: dict, digits: int = 3) -> str:
+    when = {"before": "before", "affine": "after the affine part", "after": "after all"}
+    return ", ".join(f"{numbers[name] or 0:.{digits}f} {words}" for name, words in when.items())
 
 
 def _grid(text: str) -> int | float | None:

@@ -34,7 +34,8 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Call
 
     @functools.lru_cache(PROGRAMS)
     def program(folder, settings, structure, types, static) -> Callable:
-        path = Path(folder) / "programs" / f"{function.__name__}_{_digest(function, settings, structure, types, static)}"
+        name = f"{function.__name__}_{_digest(function, settings, structure, types, static)}"
+        path = Path(folder) / "programs" / name
         return _restored(path) or _kept(path, jitted, jax.tree.unflatten(structure, types), dict(static))
 
     @functools.wraps(function)

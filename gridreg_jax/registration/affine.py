@@ -20,8 +20,8 @@ from gridreg_jax.losses import nmi
 from gridreg_jax.programs import stored
 from gridreg_jax.transforms.warp import identity_grid, sample
 
-# Voxels along every side, steps, and step size in the unit of the parameters (see `_matrix`). At the coarsest level every
-# start is tried, and the best few go on.
+# Voxels along every side, steps, and step size in the unit of the parameters (see `_matrix`). At the coarsest level
+# every start is tried, and the best few go on.
 LEVELS = ((12, 30, 0.05), (20, 40, 0.01), (40, 20, 0.004))
 SURVIVORS = 4
 # What it costs, in `losses.nmi`, if nothing of the fields of view overlaps: images mostly show the same part of a body.

@@ -220,12 +220,15 @@ def _compare(registration: Registration) -> tuple[dict, dict]:
 def _overlaps(
     registration: Registration, fixed: Int32[np.ndarray, "X Y Z"], moving: Volume, warped: Int32[np.ndarray, "X Y Z"]
 ) -> dict:
-    """Dice of every label of both images, and the mean over them, by the headers alone and for the map."""
-    unmoved = pull(
-        moving,
-        np.zeros((*fixed.shape, 3), np.float32),
-        np.linalg.inv(moving.affine) @ registration.fixed.affine,
-        labels=True,
+    """Dice of every label of both images, and the mean over them: by the headers, by the affine part and by all."""
+    straight = (
+        pull(
+            moving,
+            np.zeros((*fixed.shape, 3), np.float32),
+            np.linalg.inv(moving.affine) @ matrix @ registration.fixed.affine,
+            labels=True,
+        )
+        for matrix in (np.eye(4), registration.matrix)
     )
     ids = np.unique(np.concatenate([np.unique(fixed), np.unique(moving.array)]))
 
@@ -233,7 +236,7 @@ def _overlaps(
         return np.bincount(np.searchsorted(ids, labels[labels != 0]), minlength=len(ids))
 
     result, size = {}, count(fixed)
-    for name, labels in (("before", unmoved), ("after", warped)):
+    for name, labels in zip(("before", "affine", "after"), (*straight, warped), strict=True):
         counts = zip(ids, size + count(labels), count(fixed[fixed == labels]), strict=True)
         dice = {int(i): float(2 * common / both) for i, both, common in counts if both}
         result[name] = {"mean": float(np.mean(list(dice.values()))) if dice else None, "labels": dice}
@@ -255,6 +258,8 @@ def _map_points(
     if not (fixed and moving):
         return {}
     common = sorted(fixed.keys() & moving.keys())
-    before = [float(np.linalg.norm(fixed[i] - moving[i])) for i in common]
-    after = [float(np.linalg.norm(mapped["moving"][i] - moving[i])) for i in common]
-    return {"tre_mm": {"points": len(common), "before": float(np.mean(before)), "after": float(np.mean(after))}}
+    true = np.array([moving[i] for i in common])
+    affine = geometry.voxel_to_world(np.array([fixed[i] for i in common]), registration.matrix)
+    ends = {"before": [fixed[i] for i in common], "affine": affine, "after": [mapped["moving"][i] for i in common]}
+    distances = {name: float(np.linalg.norm(true - end, axis=1).mean()) for name, end in ends.items()}
+    return {"tre_mm": {"points": len(common)} | distances}
