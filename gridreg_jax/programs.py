@@ -26,6 +26,9 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Call
     types of the arguments, and the static arguments are the same. Where one of these has a true attribute
     `runs_foreign_code`, whose changes nobody would see, nothing is kept.
 
+    What is returned has a function `load` of the same arguments (shapes and types will do: `jax.ShapeDtypeStruct`), by
+    which another thread has a program ready before it is called.
+
     Args:
       function: of arrays and numbers (or trees of them), and of keyword arguments.
       static_argnames: these; every keyword argument must be among them.
@@ -38,16 +41,25 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Call
         path = Path(folder) / "programs" / name
         return _restored(path) or _kept(path, jitted, jax.tree.unflatten(structure, types), dict(static))
 
-    @functools.wraps(function)
-    def call(*arguments, **static):
+    def found(arguments, static) -> tuple[Callable, dict]:
+        """What to call with the arguments, and with which static ones."""
         folder = jax.config.jax_compilation_cache_dir
         if not folder or any(getattr(value, "runs_foreign_code", False) for value in static.values()):
-            return jitted(*arguments, **static)
+            return jitted, static
         settings = repr(sorted(jax.config.values.items()))  # precision and the like; more than tracing looks at
         leaves, structure = jax.tree.flatten(arguments)
-        run = program(folder, settings, structure, tuple(map(_type, leaves)), tuple(sorted(static.items())))
-        return run(*arguments)
+        return program(folder, settings, structure, tuple(map(_type, leaves)), tuple(sorted(static.items()))), {}
 
+    @functools.wraps(function)
+    def call(*arguments, **static):
+        run, static = found(arguments, static)
+        return run(*arguments, **static)
+
+    def load(*arguments, **static) -> None:
+        run, static = found(arguments, static)
+        run.lower(*jax.tree.map(_type, arguments), **static).compile()
+
+    call.load = load
     return call
 
 

@@ -36,6 +36,22 @@ def test_another_process_does_not_trace_again(program_cache):
     assert traced_later == [3, 2]
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_was_loaded_from_shapes_alone_is_ready(program_cache, cached):
+    if not cached:
+        jax.config.update("jax_compilation_cache_dir", None)
+    function, traced = make()
+    numbers, scale = arguments()
+    scale = np.float32(scale)  # a number of Python's has a type of its own
+    function.load(jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), numbers), scale, power=2)
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    np.testing.assert_allclose(function(numbers, scale, power=2)["sum"], [0.5, 1.5, 4.5])
+    assert traced == [2] and not [name for name in events if "compile" in name]
+    function(*arguments(4), power=2)
+    assert [name for name in events if "compile" in name]
+
+
 def test_a_damaged_program_is_traced_anew(program_cache):
     make()[0](*arguments(), power=2)
     (path,) = (program_cache / "programs").iterdir()

@@ -161,6 +161,36 @@ def deform(
     return control_grid, certificate, results, float(np.sqrt(np.mean(np.sum(departure_mm**2, axis=-1))))
 
 
+def load(
+    fixed: Volume,
+    *,
+    preset: Preset,
+    similarity: str = "lncc",
+    grid: int | float | None = None,
+    method: str = "grid",
+    from_start: bool = False,
+) -> None:
+    """Has the programs ready that `deform` will run: for another thread, while the affine start is sought.
+
+    Args:
+      from_start: whether `deform` will have a `start`.
+    """
+    cells = last_cells(fixed, preset, grid)
+    for stage in preset.stages:
+        lattice = _lattice_shape(fixed, stage.coarsening)
+        control_grid, image, known = (
+            jax.ShapeDtypeStruct((1, *shape), dtype)
+            for shape, dtype in (
+                ((*_grid_size(cells, stage), 3), np.float32),
+                ((*lattice, 1), np.float32),
+                (lattice, np.int32),
+            )
+        )
+        weights = _weights(stage, similarity, method)
+        options = dict(steps=stage.steps, similarity=similarity, method=method, from_start=from_start)
+        _fit.load(control_grid, image, image, known, *weights, **options)
+
+
 def last_cells(fixed: Volume, preset: Preset, grid: int | float | None) -> Sequence[int]:
     """Cells an axis of the last control grid. Arguments and errors as for `deform`."""
     shape, spacing = np.array(fixed.array.shape), geometry.spacing(fixed.affine)
@@ -191,10 +221,7 @@ def _grid_size(cells: Sequence[int], stage: Stage) -> tuple[int, int, int]:
 def on_lattice(fixed: Volume, moving: Volume, mask: Volume | None, matrix, coarsening: int):
     """Fixed image and moving image under an affine map, `[1, x, y, z, 1]`, and where both are known `[1, x, y, z]`, on
     a lattice of `coarsening` times the finest spacing of the fixed image's."""
-    size, spacing = np.array(fixed.array.shape), geometry.spacing(fixed.affine)
-    # Thick slices stay until the others are as thick.
-    ratio = np.maximum(1, np.rint(coarsening * spacing.min() / spacing))
-    shape = tuple(int(n) for n in np.maximum(np.minimum(4, size), np.rint(size / ratio)))
+    shape = _lattice_shape(fixed, coarsening)
     affine = corner_to_corner(fixed, shape)
     everywhere = Volume(np.ones(moving.array.shape, np.int32), moving.affine, moving.path)
     known = resample(everywhere, matrix @ affine, shape, labels=True)
@@ -204,6 +231,19 @@ def on_lattice(fixed: Volume, moving: Volume, mask: Volume | None, matrix, coars
     return *(image[None, ..., None] for image in images), known[None]
 
 
+def _lattice_shape(fixed: Volume, coarsening: int) -> tuple[int, int, int]:
+    size, spacing = np.array(fixed.array.shape), geometry.spacing(fixed.affine)
+    # Thick slices stay until the others are as thick.
+    ratio = np.maximum(1, np.rint(coarsening * spacing.min() / spacing))
+    return tuple(int(n) for n in np.maximum(np.minimum(4, size), np.rint(size / ratio)))
+
+
+def _weights(stage: Stage, similarity: str, method: str) -> tuple[np.float32, np.float32 | None]:
+    """Of the bending energy and of the penalty on folding, of the type that `load` announces."""
+    scale = np.float32(PENALTY_SCALE[similarity])
+    return scale * np.float32(stage.bending), scale * np.float32(FOLDING) if method == "grid" else None
+
+
 def _run(control_grid, shape, images, stage: Stage, cells: Sequence[int], *, similarity: str, method: str, **options):
     """A stage, from a control grid (or None) in voxels of the lattice `shape` to another one, with what it did."""
     grid_size, lattice = _grid_size(cells, stage), images[0].shape[1:4]
@@ -211,12 +251,10 @@ def _run(control_grid, shape, images, stage: Stage, cells: Sequence[int], *, sim
         control_grid = np.zeros((*grid_size, 3), np.float32)
     elif control_grid.shape[:3] != grid_size:
         control_grid = np.asarray(_halved(control_grid[None], grid_size)[0])[0]
-    scale = PENALTY_SCALE[similarity]
     found, history = _fit(
         _rescaled(control_grid, shape, lattice)[None],
         *images,
-        scale * stage.bending,
-        scale * FOLDING if method == "grid" else None,
+        *_weights(stage, similarity, method),
         steps=stage.steps,
         similarity=similarity,
         method=method,

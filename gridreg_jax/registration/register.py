@@ -227,40 +227,45 @@ def register(
         raise InputError(f"{mask.path}: the mask is 0 everywhere")
     stages = PRESETS[preset]
     deformable.last_cells(fixed_working, stages, grid)  # A mistake is named before the long part.
-    start, displacement, sigma_mm = time.monotonic(), None, None
+    options = dict(similarity=similarity, grid=grid, method="grid" if method == "ncf" else method)
+    trained = displacement = sigma_mm = None
     if model is not None:
         # Imported here: most registrations have no network.
         from gridreg_jax.registration.network import propose
         from gridreg_jax.training.trained import in_use, load_trained
 
         trained = load_trained(model, notify=lambda line: None)
-        start = time.monotonic()
-        with in_use(model):
-            proposal = propose(trained, fixed, moving, fixed_working)
-        matrix, displacement, sigma_mm = proposal.matrix, proposal.displacement, proposal.sigma_mm
-        steps = trained.config["refinement"]["steps"] if refine is None else refine
-        stages = dataclasses.replace(stages, stages=(dataclasses.replace(stages.stages[-1], steps=steps),))
-    elif matrix is None:
-        kind = "rigid" if affine == "rigid" else "affine"
-        matrix = affine_start.align(fixed_working, moving_working, mask, kind=kind)
-    affine_start.check_overlap(fixed, moving, matrix)
-    if method == "ncf":
-        from gridreg_jax.registration.network import fit_ncf
-
-        displacement = fit_ncf(fixed_working, moving_working, matrix, mask)
+        refine = trained.config["refinement"]["steps"] if refine is None else refine
+    from_network = trained is not None or method == "ncf"
+    if from_network:
         stages = dataclasses.replace(stages, stages=(dataclasses.replace(stages.stages[-1], steps=refine or 0),))
+    start = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        # The next part's programs are brought while this one runs.
+        loading = pool.submit(deformable.load, fixed_working, preset=stages, from_start=from_network, **options)
+        if trained:
+            with in_use(model):
+                proposal = propose(trained, fixed, moving, fixed_working)
+            matrix, displacement, sigma_mm = proposal.matrix, proposal.displacement, proposal.sigma_mm
+        elif matrix is None:
+            kind = "rigid" if affine == "rigid" else "affine"
+            matrix = affine_start.align(fixed_working, moving_working, mask, kind=kind)
+        affine_start.check_overlap(fixed, moving, matrix)
+        if method == "ncf":
+            from gridreg_jax.registration.network import fit_ncf
+
+            displacement = fit_ncf(fixed_working, moving_working, matrix, mask)
+        loading.result()
     seconds = {"start": time.monotonic() - start}
     control_grid, certificate, results, flow_error_mm = deformable.deform(
         fixed_working,
         moving_working,
         matrix,
         preset=stages,
-        similarity=similarity,
-        grid=grid,
         mask=mask,
-        method="grid" if method == "ncf" else method,
         start=displacement,
         notify=notify,
+        **options,
     )
     seconds["deformation"] = time.monotonic() - start - seconds["start"]
     step = np.subtract(fixed.array.shape, 1) / np.subtract(fixed_working.array.shape, 1)

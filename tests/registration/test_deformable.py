@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -58,6 +59,30 @@ def test_a_known_smooth_deformation_is_found(known, method):
     assert all(stage.similarity[-1] < stage.similarity[0] for stage in stages)
     assert (flow_error_mm is None) == (method == "grid")
     assert method == "grid" or 0 < flow_error_mm < 0.3
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "velocity", "similarity": "ncc"}, {"start": 0, "grid": 8}])
+def test_what_is_loaded_is_what_is_run(known, monkeypatch, options):
+    fixed, moving, _ = known
+    calls, preset = {"load": [], "run": []}, dataclasses.replace(QUICK, stages=QUICK.stages[-1:])
+
+    def noted(what, arguments, static):
+        types = [(np.shape(leaf), leaf.dtype) for leaf in jax.tree.leaves(arguments)]
+        calls[what].append((types, jax.tree.structure(arguments), static))
+
+    def run(*arguments, steps, **static):
+        noted("run", arguments, {"steps": steps, **static})
+        return arguments[0], np.zeros((steps, 1))
+
+    run.load = lambda *arguments, **static: noted("load", arguments, static)
+    monkeypatch.setattr(deformable, "_fit", run)
+    from_start = "start" in options
+    if from_start:
+        options = options | {"start": np.zeros((*SHAPE, 3), np.float32)}
+    deform(fixed, moving, np.eye(4), preset=preset, mask=fixed, **options)
+    named = {name: value for name, value in options.items() if name != "start"}
+    deformable.load(fixed, preset=preset, from_start=from_start, **named)
+    assert calls["load"] == calls["run"] != []
 
 
 def test_a_map_that_folds_is_mended(known, monkeypatch):
