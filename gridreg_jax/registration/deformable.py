@@ -26,7 +26,7 @@ from gridreg_jax.transforms.interpolation import axis_weights, interpolate
 
 # Voxels of the finest lattice: 2 mm for a brain of 1 mm.
 BUDGET = 750_000
-# A side of fewer voxels stays as it is.
+# A side of fewer voxels need not be a multiple of 8.
 LEAST_SHARED = 24
 # Voxels of the stage's lattice, the largest change of a control point in a step.
 LEARNING_RATE = 0.25
@@ -95,8 +95,9 @@ def finest_shape(fixed: Volume) -> tuple[int, int, int]:
     step = spacing.min()
     while np.prod(size := np.minimum(shape, (shape - 1) * spacing / step + 1)) > BUDGET:
         step *= 1.02
-    shared = np.where(size < shape, np.minimum(shape, np.maximum(8, 8 * np.rint(size / 8))), 8 * np.ceil(shape / 8))
-    return tuple(int(n) for n in np.where(shape < LEAST_SHARED, size, shared))
+    whole = np.where(shape < LEAST_SHARED, shape, 8 * np.ceil(shape / 8))
+    fewer = np.minimum(shape, np.maximum(8, 8 * np.rint(size / 8)))
+    return tuple(int(n) for n in np.where(size < shape, fewer, whole))
 
 
 def deform(

@@ -25,6 +25,7 @@ def test_the_working_lattice_keeps_to_its_budget():
     # Small images share shapes, slices stay as few as they are.
     assert finest_shape(volume((30, 40, 50), (1, 1, 1))) == (32, 40, 56)
     assert finest_shape(volume((100, 100, 10), (1, 1, 9))) == (104, 104, 10)
+    assert finest_shape(volume((300, 300, 20), (1, 1, 0.5)))[2] == 8
     thick = finest_shape(volume((512, 512, 20), (0.5, 0.5, 5.0)))
     assert thick[2] == 20 and 0.8 * BUDGET < np.prod(thick) < 1.2 * BUDGET
 
