@@ -132,19 +132,19 @@ def _register(options: argparse.Namespace) -> None:
         also_apply=also_apply,
         command=shlex.join(["gridreg", *sys.argv[1:]]),
     )
-    print(f"correlation {_stages(metrics['correlation'])}; {registration.certificate}")
+    print(f"correlation {_course(metrics['correlation'])}; {registration.certificate}")
     if "dice" in metrics:
-        print(f"mean Dice {_stages({when: part['mean'] for when, part in metrics['dice'].items()})}")
+        print(f"mean Dice {_course({when: part['mean'] for when, part in metrics['dice'].items()})}")
     if "tre_mm" in metrics:
-        print(f"points {_stages(metrics['tre_mm'], digits=2)} mm apart")
+        print(f"points {_course(metrics['tre_mm'], digits=2)} mm apart")
     if not registration.certificate.invertible:
         print("warning: the map is not proven to be invertible; coarser cells (--grid) help", file=sys.stderr)
     print(f"written to {options.out} in {time.monotonic() - start:.1f} s; see {options.out}/report.html")
 
 
-def _stages(numbers: dict, digits: int = 3) -> str:
-    when = {"before": "before", "affine": "after the affine part", "after": "after all"}
-    return ", ".join(f"{numbers[name] or 0:.{digits}f} {words}" for name, words in when.items())
+def _course(numbers: dict, digits: int = 3) -> str:
+    words = {"before": "before", "affine": "after the affine part", "after": "after all"}
+    return ", ".join(f"{numbers[when] or 0:.{digits}f} {text}" for when, text in words.items())
 
 
 def _grid(text: str) -> int | float | None:

@@ -66,7 +66,7 @@ def align(
     for number, (voxels, steps, learning_rate) in enumerate(LEVELS):
         # About one spacing for both, but a small part of a large image would make either lattice tiny or huge.
         counts = [voxels * round(min(3, side / min(sides))) for side in sides]
-        fixed_level, moving_level = (_of_size(*pair) for pair in zip((fixed, moving), counts, strict=True))
+        fixed_level, moving_level = map(_of_size, (fixed, moving), counts)
         if number == 1 and kind == "affine":
             parameters = np.pad(parameters, [(0, 0), (0, 6)])
         to_moving = np.linalg.inv(moving_level.affine)

@@ -179,14 +179,9 @@ def load(
     cells = last_cells(fixed, preset, grid)
     for stage in preset.stages:
         lattice = _lattice_shape(fixed, stage.coarsening)
-        control_grid, image, known = (
-            jax.ShapeDtypeStruct((1, *shape), dtype)
-            for shape, dtype in (
-                ((*_grid_size(cells, stage), 3), np.float32),
-                ((*lattice, 1), np.float32),
-                (lattice, np.int32),
-            )
-        )
+        control_grid = jax.ShapeDtypeStruct((1, *_grid_size(cells, stage), 3), np.float32)
+        image = jax.ShapeDtypeStruct((1, *lattice, 1), np.float32)
+        known = jax.ShapeDtypeStruct((1, *lattice), np.int32)
         weights = _weights(stage, similarity, method)
         options = dict(steps=stage.steps, similarity=similarity, method=method, from_start=from_start)
         _fit.load(control_grid, image, image, known, *weights, **options)

@@ -243,7 +243,7 @@ def register(
     with ThreadPoolExecutor(1) as pool:
         # The next part's programs are brought while this one runs.
         loading = pool.submit(deformable.load, fixed_working, preset=stages, from_start=from_network, **options)
-        if trained:
+        if trained is not None:
             with in_use(model):
                 proposal = propose(trained, fixed, moving, fixed_working)
             matrix, displacement, sigma_mm = proposal.matrix, proposal.displacement, proposal.sigma_mm

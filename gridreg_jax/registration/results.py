@@ -258,8 +258,7 @@ def _map_points(
     if not (fixed and moving):
         return {}
     common = sorted(fixed.keys() & moving.keys())
-    true = np.array([moving[i] for i in common])
-    affine = geometry.voxel_to_world(np.array([fixed[i] for i in common]), registration.matrix)
-    ends = {"before": [fixed[i] for i in common], "affine": affine, "after": [mapped["moving"][i] for i in common]}
-    distances = {name: float(np.linalg.norm(true - end, axis=1).mean()) for name, end in ends.items()}
+    start, true, end = (np.array([points[i] for i in common]) for points in (fixed, moving, mapped["moving"]))
+    ends = {"before": start, "affine": geometry.voxel_to_world(start, registration.matrix), "after": end}
+    distances = {name: float(np.linalg.norm(found - true, axis=1).mean()) for name, found in ends.items()}
     return {"tre_mm": {"points": len(common)} | distances}
