@@ -5,15 +5,18 @@
 
 A training step (batch 1: squared difference, soft Dice with two labels, bending energy, Adam) and an inference
 (network, interpolation, warp), by default at the size of the paper's prostate images. Each system has a process of its
-own, whose peak resident memory is then its own, and the two run in turns: one run here, one run there, so that whatever
-else the computer does falls on both. Before anything is measured, both must give the same displacement and the same
-loss from the same parameters. Ratios are ours over PyTorch's: below 1 is faster, or smaller, than PyTorch.
+own, and the two run in turns: one run here, one run there, so that whatever else the computer does falls on both. Each
+measured run follows one that is not, as a step of a training follows another: the cores are awake and the other
+system's threads asleep. Before anything is measured, both must give the same displacement and the same loss from the
+same parameters. Ratios are ours over PyTorch's: below 1 is faster, or smaller, than PyTorch.
 
-Our memory is measured twice: in a first start, which compiles the programs and so includes XLA's compiler, and in a
-second one, which reads them from the cache, as every later start of `train.py` does. `memory_ratio` is of the second.
+Peak resident memory is that of processes which only train. Ours is measured twice: in a first start, which compiles the
+step and so includes XLA's compiler, and in a second one, which reads it from the cache, as every later start of
+`train.py` does. `memory_ratio` is of the second.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -81,8 +84,8 @@ class Jax:
                 seed=0,
             )
         )
-        self.grid_size, self.shard = run.grid_size, shard
-        self.batch = make_batch(options.shape)
+        self.grid_size, self.shape = run.grid_size, options.shape
+        self.batch = shard(make_batch(options.shape))  # on the device, where `train.py` has it before the step begins
         self.block = jax.block_until_ready
 
         # Away from the start, where the head is zero and the displacement too.
@@ -96,17 +99,23 @@ class Jax:
         self.state = jax.device_put(state, replicated())
         # `train` consumes the state, so the prediction has a copy of its own.
         self.params = jax.device_put(jax.device_get(params))
-        self.images = jax.device_put({name: self.batch[name] for name in ("fixed", "moving")})
 
         loss = dict(interpolator=options.interpolator, num_labels=NUM_LABELS, grid=0.0, **weights(options.shape))
         step = make_train_step(run.model, run.optimizer, seed=0, loss=loss, augmentation={})
-        steps, _ = compile_steps(step, self.state, shard(self.batch), [self.grid_size])
+        steps, _ = compile_steps(step, self.state, self.batch, [self.grid_size])
         self.step = steps[self.grid_size]
         self.predict = make_predict(run.model)
 
     def train(self) -> float:
-        self.state, metrics = self.block(self.step(self.state, self.shard(self.batch)))
+        self.state, metrics = self.block(self.step(self.state, self.batch))
         return float(metrics["loss"])
+
+    @functools.cached_property
+    def images(self) -> dict:
+        import jax
+
+        batch = make_batch(self.shape)
+        return jax.device_put({name: batch[name] for name in ("fixed", "moving")})
 
     def inference(self) -> np.ndarray:
         return self.block(self.predict(self.params, self.images, self.grid_size))["displacement"]
@@ -157,7 +166,8 @@ def serve(options) -> None:
     """The child: do what each line on stdin says, and answer with a line of JSON on stdout."""
     folder = Path(options.folder)
     system = {"jax": Jax, "torch": Torch}[options.system](options, folder)
-    np.save(folder / f"{options.system}.npy", np.asarray(system.inference()))
+    if not options.only_train:
+        np.save(folder / f"{options.system}.npy", np.asarray(system.inference()))
     print(json.dumps({"parameters": system.parameters, "loss": system.train()}), flush=True)
     for line in sys.stdin:
         if line.strip() == "memory":
@@ -165,6 +175,7 @@ def serve(options) -> None:
             answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         else:
             run = getattr(system, line.strip())
+            run()
             start = time.perf_counter()
             run()
             answer = 1e3 * (time.perf_counter() - start)
@@ -174,9 +185,9 @@ def serve(options) -> None:
 class Child:
     """A system in a process of its own."""
 
-    def __init__(self, system: str, options, folder: str):
+    def __init__(self, system: str, options, folder: str, *more: str):
         arguments = ["--shape", *map(str, options.shape), "--grid", str(options.grid)]
-        arguments += ["--interpolator", options.interpolator, "--contrast_window", str(options.contrast_window)]
+        arguments += ["--interpolator", options.interpolator, "--contrast_window", str(options.contrast_window), *more]
         self.system = system
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.versus_torch", *arguments, "--system", system, "--folder", folder],
@@ -220,12 +231,19 @@ def check(children: dict[str, Child], folder: str) -> float:
     return difference
 
 
+def memory_of_training(system: str, options, folder: str) -> float:
+    """Peak resident memory (MiB) of a process that takes some training steps."""
+    with Child(system, options, folder, "--only_train") as child:
+        for _ in range(3):
+            child.ask("train")
+        return child.ask("memory")
+
+
 def measure(options) -> dict:
     """All measurements."""
     with tempfile.TemporaryDirectory() as folder:
-        with Child("jax", options, folder) as first:
-            first_start = first.ask("memory")
-        # In this order: the first writes the parameters that the second reads.
+        # In this order: ours writes the parameters that PyTorch's reads.
+        first_start, *memory = (memory_of_training(system, options, folder) for system in ("jax", *SYSTEMS))
         with Child("jax", options, folder) as ours, Child("torch", options, folder) as theirs:
             children = {"jax": ours, "torch": theirs}
             difference = check(children, folder)
@@ -233,13 +251,12 @@ def measure(options) -> dict:
             for what in WHAT:
                 for repeat in range(-2, options.repeats):
                     for system, child in children.items():
-                        # Threads of the other system that still wait for work have gone to sleep by then.
-                        time.sleep(0.2)
+                        time.sleep(0.2)  # until the other system's threads have stopped to wait for work
                         duration = child.ask(what)
                         if repeat >= 0:  # the first two warm up
                             runs[what][system].append(duration)
-            memory = {system: child.ask("memory") for system, child in children.items()}
             parameters = {system: child.ready["parameters"] for system, child in children.items()}
+    memory = dict(zip(SYSTEMS, memory, strict=True))
     medians = {what: {system: statistics.median(runs[what][system]) for system in SYSTEMS} for what in WHAT}
     return {
         "train_ratio": medians["train"]["jax"] / medians["train"]["torch"],
@@ -300,6 +317,7 @@ def main() -> None:
     # What a child process is started with.
     parser.add_argument("--system", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--only_train", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.shape = tuple(options.shape)
     if options.repeats < 1:

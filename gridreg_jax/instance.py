@@ -45,6 +45,7 @@ def refine_recorded(
 
     Args:
       control_grid: the start, displacements in voxels.
+      moving: on the lattice of `fixed`, or one that is longer by as many voxels at either end of an axis.
       steps: of Adam (0: the start is returned), its step size falling to 0 along a cosine; static under jit.
       bending: weight of the bending energy (per squared voxel).
       learning_rate: largest change of a control point in the first step, voxels.
@@ -71,16 +72,19 @@ def refine_recorded(
             f"the penalty on folding needs the cubic spline of displacements, not {interpolator!r} and {method!r}"
         )
     shape = fixed.shape[1:4]
+    margin = [(longer - size) // 2 for longer, size in zip(moving.shape[1:4], shape, strict=True)]
+    within = moving[:, *(slice(start, start + size) for start, size in zip(margin, shape, strict=True))]
     options = {"window": WINDOW} if similarity == "lncc" else {}
     start = interpolate(control_grid, shape, method=interpolator)
 
     def loss(grid):
         field = interpolate(grid, shape, method=interpolator)
         displacement = field if method == "grid" else flow(grid, shape, method=interpolator)
-        unlike = SIMILARITIES[similarity](fixed, warp(moving, displacement), mask=mask, **options)
+        warped = warp(moving, displacement, origin=margin)
+        unlike = SIMILARITIES[similarity](fixed, warped, mask=mask, **options)
         if method == "symmetric":
             back = warp(fixed, flow(-grid, shape, method=interpolator))
-            unlike = (unlike + SIMILARITIES[similarity](moving, back, mask=mask, **options)) / 2
+            unlike = (unlike + SIMILARITIES[similarity](within, back, mask=mask, **options)) / 2
         change, field = (grid - control_grid, field - start) if from_start else (grid, field)
         penalty = bending * bending_energy_of_map(field, change, interpolator)
         if folding is not None:

@@ -28,6 +28,9 @@ from gridreg_jax.transforms.interpolation import axis_weights, interpolate
 BUDGET = 750_000
 # A side of fewer voxels need not be a multiple of 8.
 LEAST_SHARED = 24
+# Voxels of the finest lattice by which the moving image's reaches beyond the fixed one's on every side: what a map may
+# bring in from there.
+MARGIN = 8
 # Voxels of the stage's lattice, the largest change of a control point in a step.
 LEARNING_RATE = 0.25
 # Weight of the penalty on folding, see `instance.refine_recorded`: hardly any cell is left without a proof.
@@ -143,7 +146,7 @@ def deform(
     options = dict(similarity=similarity, method=method, from_start=start is not None)
     for stage in preset.stages:
         if stage.coarsening not in images:
-            images[stage.coarsening] = on_lattice(fixed, moving, mask, matrix, stage.coarsening)
+            images[stage.coarsening] = on_lattice(fixed, moving, mask, matrix, stage.coarsening, margin=MARGIN)
         control_grid, result = _run(control_grid, shape, images[stage.coarsening], stage, cells, **options)
         results.append(result)
         notify(result)
@@ -180,11 +183,14 @@ def load(
     for stage in preset.stages:
         lattice = _lattice_shape(fixed, stage.coarsening)
         control_grid = jax.ShapeDtypeStruct((1, *_grid_size(cells, stage), 3), np.float32)
-        image = jax.ShapeDtypeStruct((1, *lattice, 1), np.float32)
+        image, wide = (
+            jax.ShapeDtypeStruct((1, *shape, 1), np.float32)
+            for shape in (lattice, _extended(fixed, lattice, MARGIN)[1])
+        )
         known = jax.ShapeDtypeStruct((1, *lattice), np.int32)
         weights = _weights(stage, similarity, method)
         options = dict(steps=stage.steps, similarity=similarity, method=method, from_start=from_start)
-        _fit.load(control_grid, image, image, known, *weights, **options)
+        _fit.load(control_grid, image, wide, known, *weights, **options)
 
 
 def last_cells(fixed: Volume, preset: Preset, grid: int | float | None) -> Sequence[int]:
@@ -214,17 +220,36 @@ def _grid_size(cells: Sequence[int], stage: Stage) -> tuple[int, int, int]:
     return tuple(-(-count // 2**stage.halvings) + 3 for count in cells)
 
 
-def on_lattice(fixed: Volume, moving: Volume, mask: Volume | None, matrix, coarsening: int):
-    """Fixed image and moving image under an affine map, `[1, x, y, z, 1]`, and where both are known `[1, x, y, z]`, on
-    a lattice of `coarsening` times the finest spacing of the fixed image's."""
+def on_lattice(
+    fixed: Volume, moving: Volume, mask: Volume | None, matrix, coarsening: int, *, margin: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two images and where both are known, on a lattice of `coarsening` times the finest spacing of the fixed image's.
+
+    Args:
+      margin: by how much the moving image's lattice is longer on every side, in voxels of the finest lattice.
+
+    Returns:
+      The fixed image `[1, X, Y, Z, 1]`, the moving one under the affine map `[1, x, y, z, 1]`, in the middle of which
+      that lattice lies, and where both are known before the deformation `[1, X, Y, Z]`.
+    """
     shape = _lattice_shape(fixed, coarsening)
     affine = corner_to_corner(fixed, shape)
+    wide_affine, wide = _extended(fixed, shape, margin)
     everywhere = Volume(np.ones(moving.array.shape, np.int32), moving.affine, moving.path)
     known = resample(everywhere, matrix @ affine, shape, labels=True)
     if mask is not None:
         known = known * (resample(mask, affine, shape, labels=True) != 0)
-    images = resample(fixed, affine, shape), resample(moving, matrix @ affine, shape)
+    images = resample(fixed, affine, shape), resample(moving, matrix @ wide_affine, wide)
     return *(image[None, ..., None] for image in images), known[None]
+
+
+def _extended(fixed: Volume, shape: tuple[int, int, int], margin: int):
+    """Affine (voxel -> RAS mm) and shape of a lattice of the fixed image's with whole voxels more on every side."""
+    affine = corner_to_corner(fixed, shape)
+    more = np.rint(margin * geometry.spacing(fixed.affine).min() / geometry.spacing(affine)).astype(int)
+    shift = np.eye(4)
+    shift[:3, 3] = -more
+    return affine @ shift, tuple(int(n) for n in shape + 2 * more)
 
 
 def _lattice_shape(fixed: Volume, coarsening: int) -> tuple[int, int, int]:

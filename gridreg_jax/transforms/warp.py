@@ -59,21 +59,24 @@ def sample(volume: Num[Array, "X Y Z C"], points: Float[Array, "*P 3"]) -> Float
     return _sample(volume[None], *(points[None, ..., axis] for axis in range(3)))[0]
 
 
-def warp(volume: Num[Array, "N X Y Z C"], displacement: Float[Array, "N x y z 3"]) -> Float[Array, "N x y z C"]:
+def warp(
+    volume: Num[Array, "N X Y Z C"], displacement: Float[Array, "N x y z 3"], *, origin: Sequence[int] = (0, 0, 0)
+) -> Float[Array, "N x y z C"]:
     """Pull-back: `warped(x) = volume(x + displacement(x))`, trilinear, border padding.
 
     Args:
       volume: what is sampled (the moving image).
       displacement: voxels, component c along axis c, on the fixed lattice (whose size may differ).
+      origin: voxel of the volume in which the fixed lattice begins.
     """
-    return _sample(volume, *_places(displacement))
+    return _sample(volume, *_places(displacement, origin))
 
 
-def _places(displacement):
+def _places(displacement, origin=(0, 0, 0)):
     """Where displaced voxels lie `[N, x, y, z]`, an array an axis."""
     lattice = (
-        jnp.arange(size, dtype=jnp.float32).reshape([-1 if a == axis else 1 for a in range(3)])
-        for axis, size in enumerate(displacement.shape[1:4])
+        jnp.arange(first, first + size, dtype=jnp.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+        for axis, (first, size) in enumerate(zip(origin, displacement.shape[1:4], strict=True))
     )
     return [displacement[..., axis] + place for axis, place in enumerate(lattice)]
 

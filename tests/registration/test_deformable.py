@@ -62,6 +62,22 @@ def test_a_known_smooth_deformation_is_found(known, method):
     assert method == "grid" or 0 < flow_error_mm < 0.3
 
 
+def test_what_lies_beyond_the_fixed_field_of_view_is_reached(phantom, lattice):
+    body, shape, shift_mm = phantom(seed=3), (20, 20, 20), np.array([6.0, -6.0, 0.0])
+    small, whole = lattice(shape, (3.0, 3.0, 3.0), np.eye(3)), lattice((40, 40, 40), (3.0, 3.0, 3.0), np.eye(3))
+    fixed = body.volume(shape, small, lambda x: x + shift_mm)
+    moving = body.volume((40, 40, 40), whole)
+    errors = []
+    for field_of_view in (moving, body.volume(shape, small)):  # the whole, and what the fixed image shows
+        control_grid, *_ = deform(fixed, field_of_view, np.eye(4), preset=QUICK)
+        matrices = [axis_weights("bspline", g, n) for g, n in zip(control_grid.shape[:3], shape, strict=True)]
+        found_mm = 3.0 * np.einsum("ai,bj,ck,ijkd->abcd", *matrices, control_grid, optimize=True)
+        # The two sides where the map leads out of the fixed field of view.
+        error = np.linalg.norm(found_mm - shift_mm, axis=-1)
+        errors.append(max(error[-3:].mean(), error[:, :3].mean()))
+    assert errors[0] < 1.0 < errors[1]
+
+
 @pytest.mark.parametrize("options", [{}, {"method": "velocity", "similarity": "ncc"}, {"start": 0, "grid": 8}])
 def test_what_is_loaded_is_what_is_run(known, monkeypatch, options):
     fixed, moving, _ = known
