@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pytest
 
 from gridreg_jax import geometry
+from gridreg_jax.data.nifti import Volume
 from gridreg_jax.errors import InputError
 from gridreg_jax.registration.affine import align, check_overlap, corner_to_corner
 
@@ -51,6 +54,20 @@ def test_an_inverted_contrast_does_not_matter(phantom, lattice, turn):
     # Still 0 around the body: what is bright inside it becomes dark.
     strange = type(moving)(moving.array * (4 - moving.array), moving.affine, moving.path)
     assert distance_mm(align(fixed, strange), true, 100.0) < 4.0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_images_of_noise_are_kept_upon_each_other(lattice, seed):
+    # Nothing in them is alike, and the fewer voxels count, the more alike they seem by chance.
+    shape = (24, 24, 24)
+    draw = np.random.default_rng(seed)
+    affine = lattice(shape, (1.0, 1.0, 1.0), np.eye(3))
+    fixed, moving = (
+        Volume(draw.uniform(size=shape).astype(np.float32), affine, Path("noise.nii")) for _ in range(2)
+    )
+    points = geometry.voxel_to_world(np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1), affine)
+    reached = geometry.world_to_voxel(geometry.voxel_to_world(points, align(fixed, moving)), affine)
+    assert ((reached >= -0.5) & (reached <= 23.5)).all(axis=-1).mean() > 0.9
 
 
 def test_images_that_do_not_overlap_are_refused(phantom, lattice, turn):
