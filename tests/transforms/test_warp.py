@@ -53,6 +53,11 @@ def test_agrees_with_scipy(scale):
     np.testing.assert_allclose(warp(volume, displacement), expected, atol=1e-5)
 
 
+def test_a_lattice_may_begin_elsewhere():
+    volume, zero = random_volume(), jnp.zeros((2, 4, 5, 6, 3))
+    np.testing.assert_array_equal(warping.warp(jnp.asarray(volume), zero, origin=(3, 2, 1)), volume[:, 3:7, 2:7, 1:])
+
+
 def test_integer_translation_pulls_back():
     volume = random_volume()
     displacement = np.broadcast_to(np.float32([2, -1, 0]), (2, *SHAPE, 3))
