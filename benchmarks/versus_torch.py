@@ -249,12 +249,10 @@ def measure(options) -> dict:
             difference = check(children, folder)
             runs = {what: {system: [] for system in SYSTEMS} for what in WHAT}
             for what in WHAT:
-                for repeat in range(-2, options.repeats):
+                for _ in range(options.repeats):
                     for system, child in children.items():
                         time.sleep(0.2)  # until the other system's threads have stopped to wait for work
-                        duration = child.ask(what)
-                        if repeat >= 0:  # the first two warm up
-                            runs[what][system].append(duration)
+                        runs[what][system].append(child.ask(what))
             parameters = {system: child.ready["parameters"] for system, child in children.items()}
     memory = dict(zip(SYSTEMS, memory, strict=True))
     medians = {what: {system: statistics.median(runs[what][system]) for system in SYSTEMS} for what in WHAT}

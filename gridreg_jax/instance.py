@@ -62,7 +62,8 @@ def refine_recorded(
       The control grid, and the similarity before each step.
 
     Raises:
-      InputError: `folding` with another interpolator, or with a velocity.
+      InputError: `folding` with another interpolator, or with a velocity; a lattice of `moving` that does not have that
+        of `fixed` in its middle.
 
     Source: instance-specific optimisation, Balakrishnan et al., IEEE Trans. Med. Imaging 2019; velocities, Ashburner,
     NeuroImage 2007; both directions, Avants et al., Medical Image Analysis 2008.
@@ -72,7 +73,10 @@ def refine_recorded(
             f"the penalty on folding needs the cubic spline of displacements, not {interpolator!r} and {method!r}"
         )
     shape = fixed.shape[1:4]
-    margin = [(longer - size) // 2 for longer, size in zip(moving.shape[1:4], shape, strict=True)]
+    longer = [long - size for long, size in zip(moving.shape[1:4], shape, strict=True)]
+    if any(more < 0 or more % 2 for more in longer):
+        raise InputError(f"moving, {moving.shape[1:4]} voxels, is not {shape} with as many more at either end of axes")
+    margin = [more // 2 for more in longer]
     within = moving[:, *(slice(start, start + size) for start, size in zip(margin, shape, strict=True))]
     options = {"window": WINDOW} if similarity == "lncc" else {}
     start = interpolate(control_grid, shape, method=interpolator)

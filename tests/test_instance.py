@@ -64,6 +64,14 @@ def test_what_bends_in_the_start_stays_in_the_refined_map():
     assert jnp.abs(kept - control_grid).mean() < 0.1 * jnp.abs(straightened - control_grid).mean()
 
 
+@pytest.mark.parametrize("longer", [-2, 1])
+def test_a_moving_lattice_that_is_not_around_the_fixed_one_is_named(longer):
+    fixed, moving, control_grid = pair(0)
+    moving = jnp.resize(moving, (1, moving.shape[1] + longer, *moving.shape[2:]))
+    with pytest.raises(InputError, match="as many more at either end"):
+        refine(control_grid, fixed, moving, steps=1, interpolator="bspline", **OPTIONS)
+
+
 def test_what_is_masked_has_no_influence():
     fixed, moving, control_grid = pair(0)
     mask = jnp.ones(fixed.shape[:4]).at[:, 12:].set(0)

@@ -26,4 +26,5 @@ for mebibytes in (32, 128):
 def test_what_is_freed_is_kept_up_to_a_size():
     answer = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True)
     kept, given_back = map(int, answer.stdout.split())
-    assert kept < 100 < given_back
+    # Pages may be large: of 2 MiB.
+    assert kept < 32 < given_back
