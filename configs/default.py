@@ -72,11 +72,11 @@ def get_config() -> ConfigDict:
     config.optimizer.power = 0.0  # if not 0: as a power of the share of the steps that is left
     config.optimizer.clip = 1.0
 
-    config.refinement = ConfigDict()  # instance optimisation in the evaluation, see `gridreg_jax.instance`
+    config.refinement = ConfigDict()  # instance optimisation in validation and evaluation, see `gridreg_jax.instance`
     config.refinement.steps = 0
-    config.refinement.bending = 10.0  # per squared voxel, of the change
+    config.refinement.bending = 3.0  # per squared voxel, of the change
     config.refinement.folding = 100.0  # of Jacobian determinants below 0.25, with the cubic spline
-    config.refinement.learning_rate = 0.1  # voxels
+    config.refinement.learning_rate = 0.2  # voxels
 
     config.grid_sizes = (5, 8, 10, 15)  # control points an axis, drawn as often as listed; () for a model without
     config.batch_size = 1

@@ -28,10 +28,10 @@ def get_config(argument: str = "") -> ConfigDict:
     config.augmentation.elastic = 1.0
     config.augmentation.contrast = 0.15
     config.augmentation.noise = 0.02
-    config.refinement.steps = 40
+    config.refinement.steps = 80
     config.batch_size = 2
-    config.steps = 10000
-    config.val_every = 2000
+    config.steps = 9000
+    config.val_every = 3000
     config.checkpoint_every = 500
     if variant == "cpu":
         config.steps = 800

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core import freeze
@@ -43,10 +44,10 @@ def make_predict(model: nn.Module, *, refinement: dict | None = None) -> Callabl
     Args:
       refinement: `steps`, `bending`, `learning_rate` and `folding` (for the cubic spline) of the instance optimisation
         that follows a network which predicts a control grid (see `instance.refine`; the variance stays the network's);
-        None: none.
+        None, or no steps: none.
     """
 
-    options = freeze(refinement) if refinement else None
+    options = freeze(refinement) if refinement and refinement["steps"] else None
 
     def predict(params, batch: dict[str, jax.Array], grid_size: GridSize) -> dict[str, jax.Array]:
         return _predict(params, batch, model=model, grid_size=grid_size, refinement=options)
@@ -61,6 +62,10 @@ def _predict(params, batch: dict[str, jax.Array], *, model, grid_size, refinemen
     if refinement:
         images, interpolator = (batch["fixed"], batch["moving"]), model.interpolator
         options = dict(refinement) if interpolator == "bspline" else {**refinement, "folding": None}
+        # What one of the images does not show draws nothing: the border of its view is no edge of what it shows.
+        if "fixed_known" in batch:
+            moving_known = batch["moving_known"].astype(jnp.float32)[..., None]
+            options["mask"] = batch["fixed_known"] * warp(moving_known, displacement)[..., 0]
         control_grid = refine(prediction.control_grid, *images, interpolator=interpolator, **options)
         displacement = interpolate(control_grid, batch["fixed"].shape[1:4], method=interpolator)
     result = _applied(batch, displacement)
@@ -92,7 +97,7 @@ def measure(
     """
     warmed = set()
     for pair in pairs:
-        batch = dataset.arrays([pair])
+        batch = dataset.arrays([pair], known=True)
         on_device = jax.device_put(batch)
         size = grid_size(on_device) if callable(grid_size) else grid_size
         if size not in warmed:

@@ -134,7 +134,7 @@ def test_a_grid_size_that_folds_is_chosen_only_if_all_do(monkeypatch):
     def chosen(found):
         monkeypatch.setattr(loop, "measure", lambda *_: [])
         monkeypatch.setattr(loop, "summarise", lambda rows, size: summary(*found[size[0]]))
-        dataset = Dataset((), {"val": []}, (), Lattice((4, 4, 4), (1.0, 1.0, 1.0)), ())
+        dataset = Dataset((), {"val": []}, (), Lattice((4, 4, 4), (1.0, 1.0, 1.0)), (), False)
         return loop.validate(print, {}, dataset, tuple(found))
 
     found = chosen({5: (0.7, 0.0), 10: (0.8, 0.01), 15: (0.9, 0.02)})
@@ -236,6 +236,17 @@ def test_instance_optimisation_raises_the_similarity_of_every_case(trained, tmp_
         assert summary["refinement_steps"] == steps
     for before, after in zip(cases(plain), cases(refined), strict=True):
         assert float(after["mse_after"]) < float(before["mse_after"])
+
+
+def test_what_is_validated_is_what_is_evaluated(subjects_csv, tmp_path):
+    """With instance optimisation both see it: without test subjects, the evaluation is that of the validation pairs."""
+    listed = subjects_csv.with_name("no_test_subjects.csv")
+    listed.write_text(subjects_csv.read_text().replace(",test", ",val"))
+    config = tiny_config(listed, grid_sizes=(5,), steps=2, val_every=2, refinement__steps=5)
+    summary = run(config, tmp_path)
+    (validation,) = (line for line in read_metrics(tmp_path) if line["kind"] == "val")
+    assert summary["refinement_steps"] == 5
+    np.testing.assert_allclose(validation["score"], summary["metrics"]["dice"]["after"])
 
 
 def test_a_bayesian_run_writes_its_uncertainty(subjects_csv, tmp_path):

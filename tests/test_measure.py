@@ -1,8 +1,13 @@
+"""Which grid a case gets, and what instance optimisation sees of a case."""
+
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import linen as nn
 
 from gridreg_jax.losses import mse
-from gridreg_jax.measure import candidates, coarsest_sufficient
+from gridreg_jax.measure import candidates, coarsest_sufficient, make_predict
+from gridreg_jax.models import Prediction
 
 
 @pytest.mark.parametrize(
@@ -28,3 +33,40 @@ def test_the_coarsest_grid_that_keeps_the_gain_is_chosen(errors, expected):
 def test_a_size_that_is_drawn_more_often_is_one_candidate():
     assert candidates((15, 5, 15, 8)) == [(5, 5, 5), (8, 8, 8), (15, 15, 15)]
     assert candidates(()) == [None]
+
+
+class Still(nn.Module):
+    """Predicts no displacement."""
+
+    interpolator: str = "bspline"
+
+    @nn.compact
+    def __call__(self, fixed, moving, *, grid_size):
+        return Prediction(jnp.zeros((*fixed.shape[:4], 3)), control_grid=jnp.zeros((len(fixed), *grid_size, 3)))
+
+
+def test_instance_optimisation_sees_what_both_images_show():
+    shape, rng = (16, 18, 17), np.random.default_rng(0)
+    smooth = np.sin(0.9 * np.indices(shape)).sum(0) + 0.05 * rng.normal(size=shape)
+    known = np.zeros(shape, bool)
+    known[3:-4, 2:, :-3] = True
+    moving_known = np.roll(known, 2, axis=0)
+    refinement = dict(steps=10, bending=1.0, folding=100.0, learning_rate=0.1)
+    predict = make_predict(Still(), refinement=refinement)
+
+    def found(fixed_beyond, moving_beyond, **views):
+        fixed = np.where(known, smooth, fixed_beyond)
+        moving = np.where(moving_known, np.roll(smooth, 1, axis=1), moving_beyond)
+        arrays = dict(fixed=fixed[..., None], moving=moving[..., None])
+        batch = {name: jnp.asarray(array[None], jnp.float32) for name, array in arrays.items()}
+        return predict({}, batch | {name: jnp.asarray(view[None]) for name, view in views.items()}, (5, 5, 5))
+
+    views = dict(fixed_known=known, moving_known=moving_known)
+    plain = found(0, 0, **views)["displacement"]
+    assert np.abs(plain).max() > 0.1
+    # The fixed image has no influence beyond what is known.
+    np.testing.assert_allclose(found(9, 0, **views)["displacement"], plain, atol=1e-5)
+    assert np.abs(found(9, 0)["displacement"] - found(0, 0)["displacement"]).max() > 0.1
+    # Nor has the fixed image where the moving one shows nothing.
+    unseen = np.where(moving_known, 0, 9)
+    np.testing.assert_allclose(found(unseen, 0, **views)["displacement"], plain, atol=1e-5)

@@ -18,7 +18,7 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.rng import generator
 
 # Part of every cache key: raise it with every change of what `subject` computes.
-VERSION = 2
+VERSION = 3
 SHAPE = (80, 96, 80)
 SPACING_MM = 2
 LABELS = {1: "grey matter", 2: "white matter"}
@@ -130,7 +130,10 @@ def subject(index: int, *, seed: int) -> tuple[Prepared, np.ndarray]:
     image = image * np.exp(0.07 * bias) + 0.02 * rng.standard_normal(SHAPE)
     labels = ndimage.map_coordinates(template.labels, points, order=0, mode="nearest")
     prepared = Prepared(
-        image=normalise(np.maximum(image, 0).astype(np.float32)), labels=labels.astype(np.int32), affine=template.affine
+        image=normalise(np.maximum(image, 0).astype(np.float32)),
+        known=np.ones(SHAPE, bool),
+        labels=labels.astype(np.int32),
+        affine=template.affine,
     )
     return prepared, unmap_points(template.landmarks, seed, index)
 

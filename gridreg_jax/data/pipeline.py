@@ -36,6 +36,7 @@ class Dataset:
       train_subjects: where training pairs are drawn from, any two different ones; empty: from `pairs["train"]`.
       lattice: the working lattice of all of them.
       label_values: the label values of all sources, increasing, without 0; compact label k is `label_values[k - 1]`.
+      partial: whether the field of view of any source leaves a part of the lattice unknown.
     """
 
     sources: tuple[Source, ...]
@@ -43,6 +44,7 @@ class Dataset:
     train_subjects: tuple[int, ...]
     lattice: Lattice
     label_values: tuple[int, ...]
+    partial: bool
 
     @property
     def has_labels(self) -> bool:
@@ -60,15 +62,18 @@ class Dataset:
         first = self.train_subjects[0] if self.train_subjects else self.pairs["train"][0][0]
         return dataclasses.replace(self, train_subjects=(), pairs=self.pairs | {"train": [(first, first)]})
 
-    def arrays(self, chosen: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+    def arrays(self, chosen: list[tuple[int, int]], *, known: bool = False) -> dict[str, np.ndarray]:
         """Stacked arrays of pairs: `fixed`, `moving` `[N, X, Y, Z, 1]` and, if there are any, compact
-        `fixed_labels`, `moving_labels` `[N, X, Y, Z]`."""
+        `fixed_labels`, `moving_labels` `[N, X, Y, Z]`; with `known`, unless all is known of all sources, also
+        `fixed_known`, `moving_known` `[N, X, Y, Z]`."""
         batch = {}
         for side, name in enumerate(("fixed", "moving")):
             loaded = [self.sources[pair[side]].load() for pair in chosen]
             batch[name] = np.stack([case.image for case in loaded])[..., None]
             if self.has_labels:
                 batch[f"{name}_labels"] = np.stack([self._compact(case.labels) for case in loaded])
+            if known and self.partial:
+                batch[f"{name}_known"] = np.stack([case.known for case in loaded])
         return batch
 
     def landmarks(self, pair: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -210,9 +215,11 @@ def batches(
 
 def _dataset(sources, pairs_by_split, train_subjects, lattice, labels, notify) -> Dataset:
     """Prepare every source once and settle which labels are scored."""
-    found, unlabelled = set(), []
+    found, unlabelled, partial = set(), [], False
     for source in sources:
-        values = source.load().labels
+        prepared = source.load()
+        partial |= not prepared.known.all()
+        values = prepared.labels
         if values is None:
             unlabelled.append(source.name)
         else:
@@ -224,7 +231,7 @@ def _dataset(sources, pairs_by_split, train_subjects, lattice, labels, notify) -
     if found and set(labels) - found:
         raise InputError(f"data.labels: no image has label {min(set(labels) - found)}; found are {sorted(found)}")
     values = tuple(sorted(found & set(labels) if labels else found))
-    return Dataset(tuple(sources), pairs_by_split, train_subjects, lattice, values)
+    return Dataset(tuple(sources), pairs_by_split, train_subjects, lattice, values, partial)
 
 
 def _complete(pairs_by_split, train_subjects, evaluation_pairs, seed: int, notify) -> dict[str, list[tuple[int, int]]]:
@@ -287,13 +294,13 @@ def _cohort_source(seed: int, index: int, cache_dir: Path) -> Source:
                 return dict(stored)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             prepared, landmarks = cohort.subject(index, seed=seed)
-            made = dict(image=prepared.image, labels=prepared.labels, affine=prepared.affine, landmarks=landmarks)
+            made = dataclasses.asdict(prepared) | dict(landmarks=landmarks)
             with replacing(entry) as temporary:
                 np.savez(temporary, **made)
             return made
 
     def load() -> Prepared:
         stored = arrays()
-        return Prepared(stored["image"], stored["labels"], stored["affine"])
+        return Prepared(**{name: stored[name] for name in ("image", "known", "labels", "affine")})
 
     return Source(f"subject{index:02d}", load, lambda: dict(enumerate(arrays()["landmarks"])))

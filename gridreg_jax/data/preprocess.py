@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Float32, Int32, Num
+from jaxtyping import Bool, Float, Float32, Int32, Num
 from scipy import ndimage
 
 from gridreg_jax import geometry
@@ -54,12 +54,14 @@ class Prepared:
     """An image on the working lattice; its arrays are read-only.
 
     Attributes:
-      image: intensities in [0, 1].
+      image: intensities in [0, 1]; 0 outside the field of view.
+      known: which voxels lie in the field of view.
       labels: on the same lattice, or None.
       affine: voxel of the lattice -> RAS mm.
     """
 
     image: Float32[np.ndarray, "X Y Z"]
+    known: Bool[np.ndarray, "X Y Z"]
     labels: Int32[np.ndarray, "X Y Z"] | None
     affine: Float[np.ndarray, "4 4"]
 
@@ -130,8 +132,8 @@ def normalise(array: Num[np.ndarray, "X Y Z"]) -> Float32[np.ndarray, "X Y Z"]:
     return np.clip((array - np.float32(low)) / np.float32(high - low), 0, 1)
 
 
-def place(volume: Volume, lattice: Lattice) -> tuple[Float32[np.ndarray, "X Y Z"], Float[np.ndarray, "4 4"]]:
-    """An image, normalised and then resampled to the working lattice, and the affine of that (voxel -> RAS mm).
+def place(volume: Volume, lattice: Lattice) -> Prepared:
+    """An image, normalised and then resampled to the working lattice, without labels.
 
     Raises:
       InputError: nothing of the image lies on the lattice.
@@ -144,7 +146,8 @@ def place(volume: Volume, lattice: Lattice) -> tuple[Float32[np.ndarray, "X Y Z"
             f"{volume.path}: nothing of the image lies on the lattice of {lattice.shape} voxels of {lattice.spacing} "
             f"mm (center '{lattice.center}'): a larger lattice or another center is needed"
         )
-    return image, affine
+    known = _inside(np.linalg.inv(volume.affine) @ affine, lattice.shape, volume.array.shape)
+    return Prepared(image, known, None, affine)
 
 
 def prepare(
@@ -214,14 +217,14 @@ def _inside(matrix, shape, source_shape) -> np.ndarray:
 
 def _build(image_path: str | Path, lattice: Lattice, labels_path: str | Path | None) -> Prepared:
     volume = load_image(image_path)
-    image, affine = place(volume, lattice)
-    labels = None
+    prepared = place(volume, lattice)
     if labels_path is not None:
-        labels = resample(load_labels(labels_path, like=volume), affine, lattice.shape, labels=True)
-    for array in (image, labels, affine):
+        labels = resample(load_labels(labels_path, like=volume), prepared.affine, lattice.shape, labels=True)
+        prepared = dataclasses.replace(prepared, labels=labels)
+    for array in vars(prepared).values():
         if array is not None:
             array.flags.writeable = False
-    return Prepared(image, labels, affine)
+    return prepared
 
 
 def _cache_key(image_path: str | Path, lattice: Lattice, labels_path: str | Path | None) -> str:
@@ -235,14 +238,15 @@ def _cache_key(image_path: str | Path, lattice: Lattice, labels_path: str | Path
 
 
 def _cache_files(entry: Path, *, with_labels: bool) -> dict[str, Path]:
-    names = ["image", "affine"] + ["labels"] * with_labels
+    names = ["image", "known", "affine"] + ["labels"] * with_labels
     return {name: entry.with_name(f"{entry.name}-{name}.npy") for name in names}
 
 
 def _read_cache(entry: Path, lattice: Lattice, *, with_labels: bool) -> Prepared | None:
     """What was written before, or None when it is missing or damaged."""
     shape = tuple(lattice.shape)
-    expected = {"image": (shape, np.float32), "labels": (shape, np.int32), "affine": ((4, 4), np.float64)}
+    expected = {"image": (shape, np.float32), "known": (shape, np.bool_), "labels": (shape, np.int32)}
+    expected["affine"] = (4, 4), np.float64
     arrays = {"labels": None}
     for name, path in _cache_files(entry, with_labels=with_labels).items():
         with contextlib.suppress(OSError, EOFError, ValueError):

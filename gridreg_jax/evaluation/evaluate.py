@@ -76,7 +76,7 @@ def evaluate(
     if grid_size is None:
         grid_size = trained.grid_size
     refinement = config["refinement"] | ({} if refine is None else {"steps": refine})
-    predict = make_predict(model, refinement=refinement if refinement["steps"] else None)
+    predict = make_predict(model, refinement=refinement)
     choice = grid_size
     if grid_size == "auto":
         similarity = SIMILARITIES[config["loss"]["similarity"]]

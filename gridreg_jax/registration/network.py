@@ -45,12 +45,12 @@ def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Pr
     """
     data = trained.config["data"]
     lattice = Lattice(data["shape"], data["spacing"], data["center"])
-    (fixed_array, fixed_affine), (moving_array, moving_affine) = (place(volume, lattice) for volume in (fixed, moving))
-    to_lattice = np.linalg.inv(fixed_affine) @ like.affine
+    on_fixed, on_moving = (place(volume, lattice) for volume in (fixed, moving))
+    to_lattice = np.linalg.inv(on_fixed.affine) @ like.affine
     displacement, variance_mm2 = _predict(
         trained.params,
-        fixed_array,
-        moving_array,
+        on_fixed.image,
+        on_moving.image,
         to_lattice[:3],
         np.linalg.inv(to_lattice[:3, :3]),
         np.square(lattice.spacing, dtype=np.float32),
@@ -59,7 +59,7 @@ def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Pr
         shape=like.array.shape,
     )
     sigma_mm = None if variance_mm2 is None else np.sqrt(variance_mm2)
-    return Proposal(moving_affine @ np.linalg.inv(fixed_affine), np.asarray(displacement), sigma_mm)
+    return Proposal(on_moving.affine @ np.linalg.inv(on_fixed.affine), np.asarray(displacement), sigma_mm)
 
 
 def fit_ncf(

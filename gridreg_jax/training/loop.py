@@ -73,7 +73,8 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
     )
     if loss["keypoints"]:
         dataset = dataset.of_one_subject()
-    predict = make_predict(run.model)
+    # What is evaluated later is validated: a grid that folds, or is too coarse, without it may be the best one with it.
+    predict = make_predict(run.model, refinement=config["refinement"])
 
     workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(workdir) as checkpoints, _stop_requested() as stopped:

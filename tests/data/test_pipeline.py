@@ -74,6 +74,20 @@ def test_arrays_of_a_batch(dataset):
         assert image[..., 0][labels > 0].min() > np.median(image)
 
 
+def test_what_is_known_is_told_where_not_all_is(dataset, subjects_csv, tmp_path):
+    larger = LATTICE | dict(shape=(20, 20, 16))
+    partial = open_dataset(subjects=str(subjects_csv), **larger, evaluation_pairs=(1, 1), cache_dir=tmp_path)
+    batch = partial.arrays([(0, 1)], known=True)
+    for name in ("fixed_known", "moving_known"):
+        assert (batch[name].shape, batch[name].dtype) == ((1, 20, 20, 16), np.bool_)
+        assert 0 < batch[name].mean() < 1
+    assert not batch["fixed"][..., 0][~batch["fixed_known"]].any()
+    assert partial.arrays([(0, 1)]).keys() == dataset.arrays([(0, 1)], known=True).keys() == batch.keys() - {
+        "fixed_known",
+        "moving_known",
+    }
+
+
 def test_training_pairs_are_two_different_training_subjects_in_either_order(dataset):
     rng = np.random.default_rng(0)
     drawn = {dataset.draw(rng) for _ in range(300)}

@@ -12,7 +12,7 @@ import pytest
 from gridreg_jax import geometry
 from gridreg_jax.data import preprocess
 from gridreg_jax.data.nifti import Volume
-from gridreg_jax.data.preprocess import Lattice, lattice_affine, normalise, prepare, resample
+from gridreg_jax.data.preprocess import Lattice, lattice_affine, normalise, place, prepare, resample
 from gridreg_jax.errors import InputError
 
 SOURCES = {
@@ -235,6 +235,18 @@ def test_prepare_keeps_world_positions(files):
     assert prepare(image_path, LATTICE).labels is None
 
 
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_is_known_is_what_lies_in_the_field_of_view(name):
+    sitk = pytest.importorskip("SimpleITK")
+    volume = source(name)
+    prepared = place(volume, Lattice((31, 32, 33), (0.83, 0.71, 0.91), "image"))
+    inside = dataclasses.replace(volume, array=np.ones(volume.array.shape, np.int32))
+    expected = simpleitk_resample(inside, prepared.affine, prepared.known.shape, sitk.sitkNearestNeighbor, 0)
+    assert 0 < expected.mean() < 1
+    np.testing.assert_array_equal(prepared.known, expected.astype(bool))
+    assert not prepared.image[~prepared.known].any()
+
+
 def test_prepare_refuses_labels_of_another_image(files, tmp_path):
     nib.save(nib.Nifti1Image(np.ones((3, 3, 3), np.uint8), np.eye(4)), tmp_path / "other.nii")
     with pytest.raises(InputError, match="other.nii.*image.nii.gz"):
@@ -326,7 +338,7 @@ def test_cache_may_be_filled_by_several_at_once(files, tmp_path):
         results = list(pool.map(lambda _: prepare(files[0], LATTICE, cache_dir=tmp_path / "cache"), range(8)))
     for result in results:
         assert_same(result, results[0])
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_cache_still_names_a_missing_file(tmp_path):
