@@ -128,17 +128,16 @@ def load_vectors(path: str | Path) -> tuple[Float[np.ndarray, "X Y Z 3"], Float[
 def as_stored(
     array: Shaped[np.ndarray, "X Y Z *rest"], volume: Volume
 ) -> tuple[Shaped[np.ndarray, "x y z *rest"], Float[np.ndarray, "4 4"]]:
-    """An array on the lattice of a volume, with its axes in the order and direction of the volume's file.
+    """An array on the lattice of a volume, or on one with its corners, with axes as in the volume's file.
 
     Returns:
-      The array, and the affine of the file (voxel -> RAS mm).
+      The array, and its affine (voxel -> RAS mm): that of the file, if the lattice is the volume's.
     """
-    if volume.stored_affine is None:
-        return array, volume.affine
-    orientation = nib.orientations.ornt_transform(
-        nib.io_orientation(volume.affine), nib.io_orientation(volume.stored_affine)
-    )
-    return nib.apply_orientation(array, orientation), volume.stored_affine
+    affine = volume.affine if volume.stored_affine is None else volume.stored_affine
+    orientation = nib.orientations.ornt_transform(nib.io_orientation(volume.affine), nib.io_orientation(affine))
+    array, like = (nib.apply_orientation(each, orientation) for each in (array, volume.array))
+    steps = np.maximum(np.subtract(like.shape, 1), 1) / np.maximum(np.subtract(array.shape[:3], 1), 1)
+    return array, affine @ np.diag([*steps, 1.0])
 
 
 def describe(path: str | Path) -> tuple[tuple[int, ...], int]:

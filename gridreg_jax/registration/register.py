@@ -36,6 +36,8 @@ INVERSE_ITERATIONS, POINT_ITERATIONS, RELAXATION = 12, 100, 0.7
 # Of its end on the moving lattice, where large images have little time: voxels times iterations; at least and at most
 # so many of these. They cannot go far astray, and are to bring most of it.
 FINISHING_VOXELS, FINISHING_ITERATIONS, FINISHING_RELAXATION = 20_000_000, (2, 10), 0.9
+# Of the dense inverse, and of u for it, unless the images have more: between voxels both are taken as linear.
+INVERSE_VOXELS = 1_100_000
 METHODS = (*instance.METHODS, "ncf")
 
 
@@ -123,28 +125,40 @@ class Registration:
         matrix = np.linalg.inv(volume.affine) @ self.matrix @ self.fixed.affine
         return pull(volume, self.displacement, matrix, labels=labels)
 
+    @property
+    def inverse_shape(self) -> tuple[int, int, int]:
+        """Of the lattice of the dense inverse, whose corners are those of the moving lattice: as many voxels, or more
+        where these are few."""
+        return _cut(self.moving)
+
     @functools.cached_property
     def inverse_displacement_mm(self) -> Float32[np.ndarray, "X Y Z 3"]:
-        """The inverse of the whole map, `x - y` at the voxels y of the moving lattice: RAS mm.
+        """The inverse of the whole map, `x - y` at the voxels y of a lattice of `inverse_shape`: RAS mm.
 
         Where the inverse affine leads off the fixed lattice, u is taken for what it is at its border.
         """
-        step = np.subtract(self.fixed.array.shape, 1) / np.subtract(self.fixed_working.array.shape, 1)
+        shape = self.inverse_shape
+        affine = affine_start.corner_to_corner(self.moving, shape)
+        u, u_affine = self.displacement, affine_start.corner_to_corner(self.fixed, _cut(self.fixed))
+        if u.shape[:3] != _cut(self.fixed):
+            finer = geometry.spacing(self.fixed.affine) / geometry.spacing(u_affine)
+            u = np.asarray(_dense((self.control_grid * finer).astype(np.float32), shape=_cut(self.fixed)))
+        step = np.subtract(u.shape[:3], 1) / np.subtract(self.fixed_working.array.shape, 1)
         # Almost found on the coarser lattice, and finished on the finer one.
         coarse = _invert(self.working_displacement)
-        to_fixed = np.linalg.inv(self.matrix) @ self.moving.affine
-        to_voxels, linear = np.linalg.inv(self.fixed.affine) @ to_fixed, to_fixed - self.moving.affine
-        result = np.empty((*self.moving.array.shape, 3), np.float32)
-        iterations = int(np.clip(FINISHING_VOXELS // self.moving.array.size, *FINISHING_ITERATIONS))
-        for start, stop in _slabs(self.moving.array.shape):
+        to_fixed = np.linalg.inv(self.matrix) @ affine
+        to_voxels, linear = np.linalg.inv(u_affine) @ to_fixed, to_fixed - affine
+        result = np.empty((*shape, 3), np.float32)
+        iterations = int(np.clip(FINISHING_VOXELS // np.prod(shape), *FINISHING_ITERATIONS))
+        for start, stop in _slabs(shape):
             result[start:stop] = _inverse_slab(
                 coarse,
-                self.displacement,
+                u,
                 step.astype(np.float32),
                 start,
                 to_voxels[:3],
                 linear[:3],
-                self.fixed.affine[:3, :3],
+                u_affine[:3, :3],
                 shape=(stop - start, *result.shape[1:3]),
                 iterations=iterations,
             )
@@ -156,12 +170,13 @@ class Registration:
 
         The inverse is the dense one, interpolated. Points that the map takes off the moving lattice do not count.
         """
-        working, to_moving = self.fixed_working.affine, np.linalg.inv(self.moving.affine) @ self.matrix
+        working = self.fixed_working.affine
+        to_inverse = np.linalg.inv(affine_start.corner_to_corner(self.moving, self.inverse_shape)) @ self.matrix
         error = np.asarray(
             _inverse_error(
                 self.working_displacement,
                 self.inverse_displacement_mm,
-                (to_moving @ working)[:3],
+                (to_inverse @ working)[:3],
                 (self.matrix @ working - working)[:3],
                 self.matrix[:3, :3] @ working[:3, :3],
             )
@@ -375,6 +390,19 @@ def _pull_slab(array, displacement, start, matrix, outside, *, labels):
     else:
         values = sample(array[..., None], points)[..., 0]
     return jnp.where(inside, values, outside)
+
+
+def _cut(volume: Volume) -> tuple[int, int, int]:
+    """Shape of a volume's lattice with its voxels cut into equal parts, the longest sides first, as far as half the
+    shortest side and `INVERSE_VOXELS`."""
+    cells, spacing = np.subtract(volume.array.shape, 1), geometry.spacing(volume.affine)
+    parts = np.ones(3, int)
+    while (spacing / parts).max() > 0.501 * spacing.min():
+        more = parts + (np.arange(3) == np.argmax(spacing / parts))
+        if np.prod(cells * more + 1) > INVERSE_VOXELS:
+            break
+        parts = more
+    return tuple(int(n) for n in cells * parts + 1)
 
 
 def _towards_inverse(w, u, points, iterations: int, relaxation: float):
