@@ -35,5 +35,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.checkpoint_every = 500
     if variant == "cpu":
         config.steps = 800
-        config.val_every = 400
+        config.val_every = 800
     return default.use_model(config, model)

@@ -20,7 +20,7 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.files import replacing
 
 # Part of every cache key: raise it with every change of what `prepare` computes.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 CENTERS = ("mass", "image")
 
@@ -69,16 +69,14 @@ class Prepared:
 def lattice_affine(volume: Volume, lattice: Lattice) -> Float[np.ndarray, "4 4"]:
     """Affine (voxel -> RAS mm) of the working lattice for an image: axes along RAS, centred as `lattice.center` says.
 
-    The centre of mass counts normalised intensities (so that a few very bright voxels do not pull it), and only those
-    of the brighter of two classes (so that neither the air around a body nor the size of the field of view does).
+    An image whose voxels are of the lattice's size and along RAS keeps them: the lattice is then moved by half a voxel
+    at most, so that neither intensities nor labels are resampled.
     """
-    if lattice.center == "mass":
-        center = _center_of_mass(volume.array)
-    else:
-        center = (np.array(volume.array.shape) - 1) / 2
-    affine = np.diag([*lattice.spacing, 1.0])
-    middle_mm = affine[:3, :3] @ (np.array(lattice.shape) - 1) / 2
-    affine[:3, 3] = geometry.voxel_to_world(center, volume.affine) - middle_mm
+    center = (np.array(volume.array.shape) - 1) / 2 if lattice.center == "image" else center_of_mass(volume.array)
+    affine, middle = np.diag([*lattice.spacing, 1.0]), (np.array(lattice.shape) - 1) / 2
+    if np.allclose(volume.affine[:3, :3], affine[:3, :3], rtol=0, atol=1e-4):
+        center = np.rint(center - middle) + middle
+    affine[:3, 3] = geometry.voxel_to_world(center, volume.affine) - affine[:3, :3] @ middle
     return affine
 
 
@@ -186,8 +184,12 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("GRIDREG_CACHE") or "~/.cache/gridreg_jax").expanduser()
 
 
-def _center_of_mass(array: Num[np.ndarray, "X Y Z"]) -> Float[np.ndarray, "3"]:
-    """In voxels; the array is not constant (`load_image` sees to it)."""
+def center_of_mass(array: Num[np.ndarray, "X Y Z"]) -> Float[np.ndarray, "3"]:
+    """Centre of mass in voxels, of an array that is not constant (`load_image` sees to that).
+
+    It counts normalised intensities (so that a few very bright voxels do not pull it), and only those of the brighter
+    of two classes (so that neither the air around a body nor the size of the field of view does).
+    """
     weights = normalise(array)
     weights[weights <= _threshold(weights)] = 0
     profiles = [weights.sum(axis=others, dtype=np.float64) for others in ((1, 2), (0, 2), (0, 1))]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from gridreg_jax import geometry
 from gridreg_jax.data.nifti import Volume
-from gridreg_jax.data.preprocess import Lattice, lattice_affine, normalise, resample
+from gridreg_jax.data.preprocess import center_of_mass, normalise, resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.instance import descend
 from gridreg_jax.losses import nmi
@@ -183,8 +183,7 @@ def corner_to_corner(volume: Volume, shape: tuple[int, int, int]) -> Float[np.nd
 
 
 def _center_of_mass(volume: Volume) -> Float[np.ndarray, "3"]:
-    # The centre of a lattice of one voxel.
-    return lattice_affine(volume, Lattice((1, 1, 1), (1.0, 1.0, 1.0)))[:3, 3]
+    return geometry.voxel_to_world(center_of_mass(volume.array), volume.affine)
 
 
 def _middle(volume: Volume) -> Float[np.ndarray, "3"]:

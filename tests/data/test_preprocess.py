@@ -247,6 +247,23 @@ def test_what_is_known_is_what_lies_in_the_field_of_view(name):
     assert not prepared.image[~prepared.known].any()
 
 
+@pytest.mark.parametrize("center", preprocess.CENTERS)
+def test_an_image_with_the_voxels_of_the_lattice_keeps_them(tmp_path, center):
+    rng = np.random.default_rng(0)
+    images = rng.uniform(1, 2, (11, 12, 13)).astype(np.float32), rng.integers(0, 4, (11, 12, 13)).astype(np.uint8)
+    paths = tmp_path / "image.nii", tmp_path / "labels.nii"
+    for path, array in zip(paths, images, strict=True):
+        nib.save(nib.Nifti1Image(array, nib.affines.from_matvec(np.diag([-1.5, 1, 1]), [7.3, -2.1, 0.4])), path)
+    lattice = Lattice((14, 14, 18), (1.5, 1.0, 1.0), center)
+    prepared = prepare(paths[0], lattice, labels_path=paths[1])
+    assert prepared.known.sum() == images[0].size
+    np.testing.assert_allclose(prepared.image[prepared.known], normalise(images[0][::-1]).ravel(), atol=1e-6)
+    np.testing.assert_array_equal(prepared.labels[prepared.known], images[1][::-1].ravel())
+    if center == "image":
+        offset = np.argwhere(prepared.known).mean(axis=0) - (np.array(lattice.shape) - 1) / 2
+        assert np.abs(offset).max() <= 0.5
+
+
 def test_prepare_refuses_labels_of_another_image(files, tmp_path):
     nib.save(nib.Nifti1Image(np.ones((3, 3, 3), np.uint8), np.eye(4)), tmp_path / "other.nii")
     with pytest.raises(InputError, match="other.nii.*image.nii.gz"):
