@@ -125,6 +125,15 @@ def load_vectors(path: str | Path) -> tuple[Float[np.ndarray, "X Y Z 3"], Float[
     return vectors[:, :, :, 0], _check_affine(image.affine, path), intent
 
 
+def corner_to_corner(volume: Volume, shape: tuple[int, int, int]) -> Float[np.ndarray, "4 4"]:
+    """Affine (voxel -> RAS mm) of a lattice of another shape whose corner voxels are those of the volume.
+
+    An axis of a single voxel keeps its spacing.
+    """
+    steps = np.maximum(np.subtract(volume.array.shape, 1), 1) / np.maximum(np.subtract(shape, 1), 1)
+    return volume.affine @ np.diag([*steps, 1.0])
+
+
 def as_stored(
     array: Shaped[np.ndarray, "X Y Z *rest"], volume: Volume
 ) -> tuple[Shaped[np.ndarray, "x y z *rest"], Float[np.ndarray, "4 4"]]:
@@ -135,9 +144,8 @@ def as_stored(
     """
     affine = volume.affine if volume.stored_affine is None else volume.stored_affine
     orientation = nib.orientations.ornt_transform(nib.io_orientation(volume.affine), nib.io_orientation(affine))
-    array, like = (nib.apply_orientation(each, orientation) for each in (array, volume.array))
-    steps = np.maximum(np.subtract(like.shape, 1), 1) / np.maximum(np.subtract(array.shape[:3], 1), 1)
-    return array, affine @ np.diag([*steps, 1.0])
+    array, stored = (nib.apply_orientation(each, orientation) for each in (array, volume.array))
+    return array, corner_to_corner(Volume(stored, affine, volume.path), array.shape[:3])
 
 
 def describe(path: str | Path) -> tuple[tuple[int, ...], int]:

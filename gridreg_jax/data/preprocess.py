@@ -109,8 +109,26 @@ def resample(
     result = ndimage.affine_transform(
         source, matrix[:3, :3], matrix[:3, 3], output_shape=shape, order=0 if labels else 1, mode="nearest"
     )
-    result[~_inside(matrix, shape, source.shape)] = outside
+    result[~field_of_view(volume, affine, shape)] = outside
     return result
+
+
+def field_of_view(
+    volume: Volume, affine: Float[np.ndarray, "4 4"], shape: tuple[int, int, int]
+) -> Bool[np.ndarray, "x y z"]:
+    """Which voxels of a lattice a volume shows: up to half a voxel beyond its outermost voxel centres.
+
+    Args:
+      affine: voxel of the lattice -> RAS mm.
+      shape: of the lattice.
+    """
+    steps = np.ogrid[: shape[0], : shape[1], : shape[2]]
+    inside = np.ones(shape, bool)
+    for row, size in zip((np.linalg.inv(volume.affine) @ affine)[:3], volume.array.shape, strict=True):
+        position = sum(factor * step for factor, step in zip(row[:3], steps, strict=True)) + row[3]
+        # The margin keeps rounding from deciding about a voxel that lies on the very edge.
+        inside &= np.abs(position - (size - 1) / 2) <= size / 2 + 1e-6
+    return inside
 
 
 def normalise(array: Num[np.ndarray, "X Y Z"]) -> Float32[np.ndarray, "X Y Z"]:
@@ -144,8 +162,7 @@ def place(volume: Volume, lattice: Lattice) -> Prepared:
             f"{volume.path}: nothing of the image lies on the lattice of {lattice.shape} voxels of {lattice.spacing} "
             f"mm (center '{lattice.center}'): a larger lattice or another center is needed"
         )
-    known = _inside(np.linalg.inv(volume.affine) @ affine, lattice.shape, volume.array.shape)
-    return Prepared(image, known, None, affine)
+    return Prepared(image, field_of_view(volume, affine, lattice.shape), None, affine)
 
 
 def prepare(
@@ -204,17 +221,6 @@ def _threshold(array: Float32[np.ndarray, "X Y Z"]) -> float:
         previous = threshold
         threshold = (array[above].mean(dtype=np.float64) + array[~above].mean(dtype=np.float64)) / 2
     return float(threshold)
-
-
-def _inside(matrix, shape, source_shape) -> np.ndarray:
-    """Which target voxels lie in the source's field of view: up to half a voxel beyond its outermost centres."""
-    steps = np.ogrid[: shape[0], : shape[1], : shape[2]]
-    inside = np.ones(shape, bool)
-    for row, size in zip(matrix[:3], source_shape, strict=True):
-        position = sum(factor * step for factor, step in zip(row[:3], steps, strict=True)) + row[3]
-        # The margin keeps rounding from deciding about a voxel that lies on the very edge.
-        inside &= np.abs(position - (size - 1) / 2) <= size / 2 + 1e-6
-    return inside
 
 
 def _build(image_path: str | Path, lattice: Lattice, labels_path: str | Path | None) -> Prepared:

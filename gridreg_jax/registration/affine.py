@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gridreg_jax import geometry
-from gridreg_jax.data.nifti import Volume
+from gridreg_jax.data.nifti import Volume, corner_to_corner
 from gridreg_jax.data.preprocess import center_of_mass, normalise, resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.instance import descend
@@ -171,15 +171,6 @@ def _of_size(volume: Volume, count: int) -> Volume:
     shape = tuple(min(count, size) for size in volume.array.shape)
     affine = corner_to_corner(volume, shape)
     return Volume(resample(volume, affine, shape), affine, volume.path)
-
-
-def corner_to_corner(volume: Volume, shape: tuple[int, int, int]) -> Float[np.ndarray, "4 4"]:
-    """Affine (voxel -> RAS mm) of a lattice of another shape whose corner voxels are those of the volume.
-
-    An axis of a single voxel keeps its spacing.
-    """
-    steps = np.maximum(np.subtract(volume.array.shape, 1), 1) / np.maximum(np.subtract(shape, 1), 1)
-    return volume.affine @ np.diag([*steps, 1.0])
 
 
 def _center_of_mass(volume: Volume) -> Float[np.ndarray, "3"]:

@@ -14,12 +14,11 @@ from jaxtyping import Float
 from scipy import ndimage
 
 from gridreg_jax import geometry
-from gridreg_jax.data.nifti import Volume
-from gridreg_jax.data.preprocess import resample
+from gridreg_jax.data.nifti import Volume, corner_to_corner
+from gridreg_jax.data.preprocess import field_of_view, resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.instance import flow, refine_recorded
 from gridreg_jax.programs import stored
-from gridreg_jax.registration.affine import corner_to_corner
 from gridreg_jax.transforms import bspline
 from gridreg_jax.transforms.certificate import Certificate, certify
 from gridreg_jax.transforms.interpolation import axis_weights, interpolate
@@ -187,7 +186,7 @@ def load(
             jax.ShapeDtypeStruct((1, *shape, 1), np.float32)
             for shape in (lattice, _extended(fixed, lattice, MARGIN)[1])
         )
-        known = jax.ShapeDtypeStruct((1, *lattice), np.int32)
+        known = jax.ShapeDtypeStruct((1, *lattice), np.bool_)
         weights = _weights(stage, similarity, method)
         options = dict(steps=stage.steps, similarity=similarity, method=method, from_start=from_start)
         _fit.load(control_grid, image, wide, known, *weights, **options)
@@ -235,10 +234,9 @@ def on_lattice(
     shape = _lattice_shape(fixed, coarsening)
     affine = corner_to_corner(fixed, shape)
     wide_affine, wide = _extended(fixed, shape, margin)
-    everywhere = Volume(np.ones(moving.array.shape, np.int32), moving.affine, moving.path)
-    known = resample(everywhere, matrix @ affine, shape, labels=True)
+    known = field_of_view(moving, matrix @ affine, shape)
     if mask is not None:
-        known = known * (resample(mask, affine, shape, labels=True) != 0)
+        known &= resample(mask, affine, shape, labels=True) != 0
     images = resample(fixed, affine, shape), resample(moving, matrix @ wide_affine, wide)
     return *(image[None, ..., None] for image in images), known[None]
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Num
 
 from gridreg_jax import geometry, instance
 from gridreg_jax.data import nifti
-from gridreg_jax.data.nifti import Source, Volume
+from gridreg_jax.data.nifti import Source, Volume, corner_to_corner
 from gridreg_jax.data.preprocess import normalise, resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.export import itk
@@ -138,11 +138,12 @@ class Registration:
         Where the inverse affine leads off the fixed lattice, u is taken for what it is at its border.
         """
         shape = self.inverse_shape
-        affine = affine_start.corner_to_corner(self.moving, shape)
-        u, u_affine = self.displacement, affine_start.corner_to_corner(self.fixed, _cut(self.fixed))
-        if u.shape[:3] != _cut(self.fixed):
+        affine = corner_to_corner(self.moving, shape)
+        u, u_shape = self.displacement, _cut(self.fixed)
+        u_affine = corner_to_corner(self.fixed, u_shape)
+        if u.shape[:3] != u_shape:
             finer = geometry.spacing(self.fixed.affine) / geometry.spacing(u_affine)
-            u = np.asarray(_dense((self.control_grid * finer).astype(np.float32), shape=_cut(self.fixed)))
+            u = np.asarray(_dense((self.control_grid * finer).astype(np.float32), shape=u_shape))
         step = np.subtract(u.shape[:3], 1) / np.subtract(self.fixed_working.array.shape, 1)
         # Almost found on the coarser lattice, and finished on the finer one.
         coarse = _invert(self.working_displacement)
@@ -171,7 +172,7 @@ class Registration:
         The inverse is the dense one, interpolated. Points that the map takes off the moving lattice do not count.
         """
         working = self.fixed_working.affine
-        to_inverse = np.linalg.inv(affine_start.corner_to_corner(self.moving, self.inverse_shape)) @ self.matrix
+        to_inverse = np.linalg.inv(corner_to_corner(self.moving, self.inverse_shape)) @ self.matrix
         error = np.asarray(
             _inverse_error(
                 self.working_displacement,
@@ -359,7 +360,7 @@ def _loaded(source: Source | Volume) -> Volume:
 def _at_work(volume: Volume) -> Volume:
     """Normalised, on the finest lattice that registration works on."""
     shape = deformable.finest_shape(volume)
-    affine = affine_start.corner_to_corner(volume, shape)
+    affine = corner_to_corner(volume, shape)
     array = resample(dataclasses.replace(volume, array=normalise(volume.array)), affine, shape)
     return Volume(array, affine, volume.path)
 
@@ -397,7 +398,7 @@ def _cut(volume: Volume) -> tuple[int, int, int]:
     shortest side and `INVERSE_VOXELS`."""
     cells, spacing = np.subtract(volume.array.shape, 1), geometry.spacing(volume.affine)
     parts = np.ones(3, int)
-    while (spacing / parts).max() > 0.501 * spacing.min():
+    while (spacing / parts).max() > 0.501 * spacing.min():  # a little more than half, for rounding
         more = parts + (np.arange(3) == np.argmax(spacing / parts))
         if np.prod(cells * more + 1) > INVERSE_VOXELS:
             break

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from gridreg_jax import geometry
-from gridreg_jax.data.nifti import Volume
+from gridreg_jax.data.nifti import Volume, corner_to_corner
 from gridreg_jax.errors import InputError
-from gridreg_jax.registration.affine import align, check_overlap, corner_to_corner
+from gridreg_jax.registration.affine import align, check_overlap
 
 SHAPES = (40, 44, 34), (36, 34, 40)
 
