@@ -25,6 +25,7 @@ def get_config(argument: str = "") -> ConfigDict:
         raise ValueError(f"configs/compare.py:{argument}: --config.systems says which systems are compared")
     config = hippocampus.get_config()
     config.name = "compare"
+    config.model.segmenter = 0
     if variant == "cpu":
         config.data.shape = (24, 32, 24)
         config.data.spacing = (2.0, 2.0, 2.0)

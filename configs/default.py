@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.model.bound = 0.0  # largest displacement of a control point in half lattices; 0: free
     config.model.bayesian = False  # True: also predict the uncertainty of every control point
     config.model.contrast_window = 9  # voxels an axis; intensities are normalised locally before the encoder
+    config.model.segmenter = 0  # features of a network that predicts the labels of each image by itself; 0: none
     config.model.precision = "float32"  # of the encoder; "bfloat16" on accelerators
     config.model.iterations = 2  # runs of the network, each on what the one before has warped; the paper's: 1
 
@@ -51,6 +52,7 @@ def get_config() -> ConfigDict:
     config.loss.gradient = 0.0  # of squared first differences of the velocity or the displacement
     config.loss.kl = 0.0  # of the divergence of a velocity's posterior from a smooth prior,
     config.loss.kl_precision = 10.0  # and that prior's precision
+    config.loss.segmentation = 1.0  # of a segmenter's labels
     config.loss.uncertainty = 0.1  # uncertainty-weighted similarity, which teaches a Bayesian head its variance
     config.loss.penalty = 1.0  # of that variance (the paper's lambda_0)
     config.loss.samples = 2  # maps drawn from a Bayesian head's posterior
@@ -75,6 +77,7 @@ def get_config() -> ConfigDict:
     config.refinement = ConfigDict()  # instance optimisation in validation and evaluation, see `gridreg_jax.instance`
     config.refinement.steps = 0
     config.refinement.bending = 3.0  # per squared voxel, of the change
+    config.refinement.overlap = 1.0  # of the labels that a segmenter predicts
     config.refinement.folding = 100.0  # of Jacobian determinants below 0.25, with the cubic spline
     config.refinement.learning_rate = 0.2  # voxels
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from gridreg_jax.errors import InputError
-from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map
+from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map, soft_dice_of_probabilities
 from gridreg_jax.transforms.bspline import jacobian_determinant_on_lattice
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import half_lattice, integrate, warp
@@ -34,6 +34,8 @@ def refine_recorded(
     interpolator: str,
     similarity: str = "lncc",
     mask: Shaped[Array, "N X Y Z"] | None = None,
+    maps: tuple[Float[Array, "N X Y Z L"], Float[Array, "N x y z L"]] | None = None,
+    overlap: float | Float[Array, ""] = 1.0,
     folding: float | Float[Array, ""] | None = None,
     method: str = "grid",
     from_start: bool = False,
@@ -51,7 +53,9 @@ def refine_recorded(
       learning_rate: largest change of a control point in the first step, voxels.
       interpolator: of the control grid.
       similarity: a name in `losses.SIMILARITIES`; "lncc" with windows of `WINDOW` voxels.
-      mask: weight of each voxel in the similarity.
+      mask: weight of each voxel in the similarity and in the overlap.
+      maps: probabilities of labels in the fixed and in the moving image, whose overlap is to grow too.
+      overlap: weight of that, `losses.soft_dice_of_probabilities`.
       folding: weight of the mean square by which Jacobian determinants at the voxels fall short of `MARGIN`; None for
         no such term. For the cubic spline, and displacements, only.
       method: a name in `METHODS`.
@@ -86,6 +90,9 @@ def refine_recorded(
         displacement = field if method == "grid" else flow(grid, shape, method=interpolator)
         warped = warp(moving, displacement, origin=margin)
         unlike = SIMILARITIES[similarity](fixed, warped, mask=mask, **options)
+        if maps is not None:
+            warped_maps = warp(maps[1], displacement, origin=margin)
+            unlike += overlap * soft_dice_of_probabilities(maps[0], warped_maps, mask=mask)
         if method == "symmetric":
             back = warp(fixed, flow(-grid, shape, method=interpolator))
             unlike = (unlike + SIMILARITIES[similarity](within, back, mask=mask, **options)) / 2

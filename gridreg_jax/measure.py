@@ -42,9 +42,9 @@ def make_predict(model: nn.Module, *, refinement: dict | None = None) -> Callabl
     Bayesian head, warped labels and the variance of the displacement.
 
     Args:
-      refinement: `steps`, `bending`, `learning_rate` and `folding` (for the cubic spline) of the instance optimisation
-        that follows a network which predicts a control grid (see `instance.refine`; the variance stays the network's);
-        None, or no steps: none.
+      refinement: `steps`, `bending`, `learning_rate`, `overlap` (with a segmenter) and `folding` (for the cubic spline)
+        of the instance optimisation that follows a network which predicts a control grid (see `instance.refine`; the
+        variance stays the network's); None, or no steps: none.
     """
 
     options = freeze(refinement) if refinement and refinement["steps"] else None
@@ -66,6 +66,8 @@ def _predict(params, batch: dict[str, jax.Array], *, model, grid_size, refinemen
         if "fixed_known" in batch:
             moving_known = batch["moving_known"].astype(jnp.float32)[..., None]
             options["mask"] = batch["fixed_known"] * warp(moving_known, displacement)[..., 0]
+        if prediction.segmentation is not None:
+            options["maps"] = tuple(jax.nn.softmax(logits)[..., 1:] for logits in prediction.segmentation)
         control_grid = refine(prediction.control_grid, *images, interpolator=interpolator, **options)
         displacement = interpolate(control_grid, batch["fixed"].shape[1:4], method=interpolator)
     result = _applied(batch, displacement)

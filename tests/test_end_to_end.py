@@ -239,11 +239,12 @@ def test_instance_optimisation_raises_the_similarity_of_every_case(trained, tmp_
 
 
 def test_what_is_validated_is_what_is_evaluated(subjects_csv, tmp_path):
-    """With instance optimisation both see it: without test subjects, the evaluation is that of the validation pairs."""
+    """With segmenter and instance optimisation: without test subjects, the evaluation is of the validation pairs."""
     listed = subjects_csv.with_name("no_test_subjects.csv")
     listed.write_text(subjects_csv.read_text().replace(",test", ",val"))
-    config = tiny_config(listed, grid_sizes=(5,), steps=2, val_every=2, refinement__steps=5)
+    config = tiny_config(listed, grid_sizes=(5,), steps=2, val_every=2, refinement__steps=5, model__segmenter=4)
     summary = run(config, tmp_path)
+    assert read_metrics(tmp_path)[0]["segmentation"] > 0
     (validation,) = (line for line in read_metrics(tmp_path) if line["kind"] == "val")
     assert summary["refinement_steps"] == 5
     np.testing.assert_allclose(validation["score"], summary["metrics"]["dice"]["after"])
@@ -456,11 +457,14 @@ def test_a_bad_value_is_named_before_training(case, tmp_path, subjects_csv):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dice_loss_without_labels_is_refused(tmp_path, subjects_csv):
+@pytest.mark.parametrize("field", ["loss.dice", "model.segmenter"])
+def test_what_needs_labels_is_refused_without_them(tmp_path, subjects_csv, field):
     rows = [f"{subjects_csv.parent / f'image{i}.nii.gz'}" for i in range(3)]
     (tmp_path / "subjects.csv").write_text("\n".join(["image", *rows]) + "\n")
-    with pytest.raises(InputError, match="loss.dice is on, but not every image has labels"):
-        fit(tiny_config(tmp_path / "subjects.csv"), tmp_path / "run")
+    config = tiny_config(tmp_path / "subjects.csv", loss__dice=0.0)
+    config.update_from_flattened_dict({field: 1})
+    with pytest.raises(InputError, match=f"{field} is on, but not every image has labels"):
+        fit(config, tmp_path / "run")
 
 
 def test_a_workdir_of_another_model_is_refused_and_left_alone(trained, subjects_csv):

@@ -81,6 +81,26 @@ def test_what_is_masked_has_no_influence():
     np.testing.assert_allclose(plain, other, atol=1e-5)
 
 
+def test_maps_of_labels_guide_where_the_images_say_nothing():
+    _, _, control_grid = pair(0)
+    flat = jnp.zeros((1, *SHAPE, 1))
+    center = (np.array(SHAPE) - 1) / 2
+    blob = jnp.exp(-jnp.sum(((identity_grid(SHAPE) - center) / 5) ** 2, axis=-1))[None, ..., None]
+    shift = np.array([1.5, -1.0, 0.5], np.float32)
+    shifted = warp(blob, jnp.broadcast_to(-shift, (1, *SHAPE, 3)))
+    options = OPTIONS | dict(steps=80, interpolator="bspline", bending=0.01)
+
+    def found(**maps):
+        grid = refine(0 * control_grid, flat, flat, **options, **maps)
+        return interpolate(grid, SHAPE, method="bspline")[(0, *map(int, center))]
+
+    np.testing.assert_allclose(found(maps=(blob, shifted)), shift, atol=0.2)
+    np.testing.assert_allclose(found(), 0, atol=1e-3)
+    np.testing.assert_allclose(found(maps=(blob, shifted), overlap=0.0), 0, atol=1e-3)
+    # Nothing is known there.
+    np.testing.assert_allclose(found(maps=(blob, shifted), mask=jnp.zeros((1, *SHAPE))), 0, atol=1e-3)
+
+
 def test_the_penalty_on_folding_unfolds():
     fixed, moving, control_grid = pair(0)
     folded = 1.5 * control_grid

@@ -1,6 +1,13 @@
 """Losses: every one minimises and returns one value a case, `[N]`."""
 
-from gridreg_jax.losses.overlap import FEW, one_hot, soft_dice, soft_dice_of_maps
+from gridreg_jax.losses.overlap import (
+    FEW,
+    one_hot,
+    segmentation_loss,
+    soft_dice,
+    soft_dice_of_maps,
+    soft_dice_of_probabilities,
+)
 from gridreg_jax.losses.regularity import bending_energy, bending_energy_of_map, diffusion_energy, kl_to_smooth
 from gridreg_jax.losses.similarity import (
     lncc,
@@ -31,8 +38,10 @@ __all__ = [
     "nmi",
     "normalised_residual",
     "one_hot",
+    "segmentation_loss",
     "soft_dice",
     "soft_dice_of_maps",
+    "soft_dice_of_probabilities",
     "ssim",
     "uncertainty_weighted_mse",
 ]

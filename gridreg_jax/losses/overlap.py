@@ -71,6 +71,46 @@ def soft_dice_of_maps(
     return _mean_overlap(jnp.stack(agreeing, axis=-1), jnp.stack(total, axis=-1))
 
 
+def soft_dice_of_probabilities(
+    fixed: Float[Array, "N X Y Z L"],
+    warped: Float[Array, "N X Y Z L"],
+    *,
+    mask: Shaped[Array, "N X Y Z"] | None = None,
+) -> Float[Array, " N"]:
+    """One minus the mean over labels of `2 sum(f w) / (sum f^2 + sum w^2)`.
+
+    It is 0 where both say the same, however unsure they are.
+
+    Args:
+      fixed, warped: probability of each label.
+      mask: weight of each voxel, in all sums.
+
+    Returns:
+      One value a case, in [0, 1]. A label of which both have nothing counts as matched.
+
+    Source: Milletari et al., 3DV 2016.
+    """
+    weights = 1.0 if mask is None else mask[..., None].astype(jnp.float32)
+    agreeing, total = weights * fixed * warped, weights * (fixed**2 + warped**2)
+    # A sum of its own for every slab, as above.
+    return _mean_overlap(*(values.sum((2, 3)).sum(1) for values in (agreeing, total)))
+
+
+def segmentation_loss(logits: Float[Array, "N X Y Z L"], labels: Int[Array, "N X Y Z"]) -> Float[Array, " N"]:
+    """Mean cross-entropy plus one minus the mean Dice overlap of the labels that occur.
+
+    Args:
+      logits: logarithms of the probabilities of background and the labels 1, 2, ..., up to a constant.
+      labels: compact ids.
+
+    Source: Isensee et al., Nature Methods 2021.
+    """
+    log_probabilities = jax.nn.log_softmax(logits)
+    right = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
+    maps = list(jnp.moveaxis(jnp.exp(log_probabilities[..., 1:]), -1, 0))
+    return soft_dice_of_maps(labels, maps) - right.mean((1, 2, 3))
+
+
 def _mean_overlap(agreeing, total):
     """One minus the mean Dice of the labels that occur, from the sums `[N, L]` of `f w` and of f and w."""
     present = total > 0

@@ -20,6 +20,7 @@ from gridreg_jax.models.layers import (
     resample_features,
 )
 from gridreg_jax.models.prediction import Prediction
+from gridreg_jax.models.segmenter import Segmenter
 from gridreg_jax.transforms.interpolation import (
     check_grid_size,
     control_positions,
@@ -55,6 +56,10 @@ class GridReg(nn.Module):
         add up, so the map stays one control grid. 1 is the paper's network; more is an addition of this library. In
         training, as many runs as a draw of the stream "iterations" says come first and are taken as given, and the
         gradient is that of one more: every run learns to be the last.
+      segmenter: features of a segmenter at half the resolution; 0: none. It predicts the labels of each image by itself
+        (`Segmenter`), taught by those of the training images; the encoder sees its probabilities beside the images, and
+        so does the instance optimisation. Not in the paper.
+      labels: how many it predicts beside the background; training sets it to those of the data.
       precision: of the encoder, nearly all of the arithmetic: "float32", or "bfloat16" for accelerators. Parameters,
         statistics, and whatever follows the encoder stay in float32.
     """
@@ -75,6 +80,8 @@ class GridReg(nn.Module):
     bayesian: bool = False
     iterations: int = 1
     contrast_window: int = 0
+    segmenter: int = 0
+    labels: int = 0
     precision: str = "float32"
 
     @property
@@ -110,26 +117,35 @@ class GridReg(nn.Module):
         if self.bound < 0:
             raise InputError(f"model.bound is {self.bound}: give a positive number of half lattices, or 0 for none")
         shape = fixed.shape[1:4]
+        segmentation, seen = None, (fixed, moving)
+        if self.segmenter:
+            fields = dict(width=self.segmenter, contrast_window=self.contrast_window)
+            logits = Segmenter(self.labels, **fields, name="segmenter")(jnp.concatenate([fixed, moving]))
+            segmentation = tuple(jnp.split(logits, 2))
+            # The segmenter learns from labels alone: what it tells stays a probability of them.
+            maps = (jax.lax.stop_gradient(jax.nn.softmax(side)[..., 1:]) for side in segmentation)
+            seen = tuple(jnp.concatenate(both, axis=-1) for both in zip(seen, maps, strict=True))
 
         def run(found, network):
             # What was found so far is given, not revised: no gradient passes through the images that it warped.
             found_so_far = jax.lax.stop_gradient(found)
-            (warped,) = warp_by_grid([moving[..., 0]], found_so_far, shape, method=self.interpolator)
-            return found + network(fixed, warped[..., None], grid_size)
+            channels = list(jnp.moveaxis(seen[1], -1, 0))
+            warped = warp_by_grid(channels, found_so_far, shape, method=self.interpolator)
+            return found + network(seen[0], jnp.stack(warped, axis=-1), grid_size)
 
         control_grid = jnp.zeros((fixed.shape[0], *grid_size, 3), fixed.dtype)
         if train and self.iterations > 1:
             before = jax.random.randint(self.make_rng("iterations"), (), 0, self.iterations)
-            once = self.clone(parent=None, iterations=1, bayesian=False)
+            once = self.clone(parent=None)
             params = jax.lax.stop_gradient(self.variables)
 
             def given(fixed, warped, grid_size):
-                return once.apply(params, fixed, warped, grid_size=grid_size).control_grid
+                return once.apply(params, fixed, warped, grid_size, method="_run")
 
             control_grid = jax.lax.fori_loop(0, before, lambda _, found: run(found, given), control_grid)
             control_grid = run(control_grid, self._run)
         elif self.iterations == 1:
-            control_grid = self._run(fixed, moving, grid_size)
+            control_grid = self._run(*seen, grid_size)
         else:
             # A scan with shared weights: the network is compiled once, however often it runs.
             repeated = nn.scan(
@@ -152,14 +168,17 @@ class GridReg(nn.Module):
             control_displacement=interpolate_at_controls(control_grid, method=self.interpolator),
             log_variance=log_variance,
             variance=variance,
+            segmentation=segmentation,
         )
 
+    @nn.compact
     def _run(self, fixed, moving, grid_size) -> Float[Array, "N gx gy gz 3"]:
-        """One run of the network: control grid of the map from fixed to moving."""
+        """One run of the network: control grid of the map from fixed to moving, images with maps of labels behind."""
         shape = fixed.shape[1:4]
-        images = jnp.concatenate([fixed, moving], axis=-1)
+        images = jnp.concatenate([fixed[..., :1], moving[..., :1]], axis=-1)
         if self.contrast_window:
             images = local_norm(images, self.contrast_window)
+        images = jnp.concatenate([images, fixed[..., 1:], moving[..., 1:]], axis=-1)
         fields = dict(levels=self.levels, width=self.width, downsampled=self.downsampled)
         encoder = build_encoder(self.encoder, **fields, name="encoder")
         pyramid = encoder(images.astype(self.precision))

@@ -25,3 +25,6 @@ class Prediction:
     # affine, from voxels to voxels.
     keypoints: tuple[Float[Array, "N K 3"], Float[Array, "N K 3"]] | None = None
     affine: Float[Array, "N 4 4"] | None = None
+    # Of a model with a segmenter: logarithms of the probabilities of background and labels, up to a constant, of the
+    # fixed and of the moving image.
+    segmentation: tuple[Float[Array, "N X Y Z L"], Float[Array, "N X Y Z L"]] | None = None

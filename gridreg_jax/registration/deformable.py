@@ -39,6 +39,9 @@ SMOOTHINGS = 50
 # How much smaller the differences of each similarity are than those of lncc: both penalties scale with it.
 PENALTY_SCALE = {"lncc": 1.0, "ncc": 0.3, "nmi": 0.2, "mind": 0.1, "mse": 0.1}
 
+# Probabilities of labels in the fixed and in the moving image, a volume a label.
+LabelMaps = tuple[Sequence[Volume], Sequence[Volume]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -113,6 +116,7 @@ def deform(
     mask: Volume | None = None,
     method: str = "grid",
     start: Float[np.ndarray, "X Y Z 3"] | None = None,
+    maps: LabelMaps | None = None,
     notify: Callable[[StageResult], None] = lambda result: None,
 ) -> tuple[Float[np.ndarray, "gx gy gz 3"], Certificate, list[StageResult], float | None]:
     """The control grid u for which `moving(matrix(x + u(x)))` is most like `fixed(x)`.
@@ -129,6 +133,7 @@ def deform(
       method: a name in `instance.METHODS`. With a velocity, the control grid returned is the closest to its flow.
       start: u to begin with, in voxels of `fixed` at its voxels; None: 0. Not with a velocity. The bending energy
         is that of the change from it.
+      maps: the overlap of these is to grow too (see `instance.refine_recorded`); on any lattices.
       notify: takes the result of each stage when it ends.
 
     Returns:
@@ -145,7 +150,8 @@ def deform(
     options = dict(similarity=similarity, method=method, from_start=start is not None)
     for stage in preset.stages:
         if stage.coarsening not in images:
-            images[stage.coarsening] = on_lattice(fixed, moving, mask, matrix, stage.coarsening, margin=MARGIN)
+            both = on_lattice(fixed, moving, mask, matrix, stage.coarsening, margin=MARGIN, maps=maps)
+            images[stage.coarsening] = both
         control_grid, result = _run(control_grid, shape, images[stage.coarsening], stage, cells, **options)
         results.append(result)
         notify(result)
@@ -172,18 +178,20 @@ def load(
     grid: int | float | None = None,
     method: str = "grid",
     from_start: bool = False,
+    labels: int = 0,
 ) -> None:
     """Has the programs ready that `deform` will run: for another thread, while the affine start is sought.
 
     Args:
       from_start: whether `deform` will have a `start`.
+      labels: how many maps of labels it will have of each image.
     """
     cells = last_cells(fixed, preset, grid)
     for stage in preset.stages:
         lattice = _lattice_shape(fixed, stage.coarsening)
         control_grid = jax.ShapeDtypeStruct((1, *_grid_size(cells, stage), 3), np.float32)
         image, wide = (
-            jax.ShapeDtypeStruct((1, *shape, 1), np.float32)
+            jax.ShapeDtypeStruct((1, *shape, 1 + labels), np.float32)
             for shape in (lattice, _extended(fixed, lattice, MARGIN)[1])
         )
         known = jax.ShapeDtypeStruct((1, *lattice), np.bool_)
@@ -220,15 +228,23 @@ def _grid_size(cells: Sequence[int], stage: Stage) -> tuple[int, int, int]:
 
 
 def on_lattice(
-    fixed: Volume, moving: Volume, mask: Volume | None, matrix, coarsening: int, *, margin: int = 0
+    fixed: Volume,
+    moving: Volume,
+    mask: Volume | None,
+    matrix,
+    coarsening: int,
+    *,
+    margin: int = 0,
+    maps: LabelMaps | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Two images and where both are known, on a lattice of `coarsening` times the finest spacing of the fixed image's.
 
     Args:
       margin: by how much the moving image's lattice is longer on every side, in voxels of the finest lattice.
+      maps: come behind the images, each in a channel of its own.
 
     Returns:
-      The fixed image `[1, X, Y, Z, 1]`, the moving one under the affine map `[1, x, y, z, 1]`, in the middle of which
+      The fixed image `[1, X, Y, Z, C]`, the moving one under the affine map `[1, x, y, z, C]`, in the middle of which
       that lattice lies, and where both are known before the deformation `[1, X, Y, Z]`.
     """
     shape = _lattice_shape(fixed, coarsening)
@@ -237,8 +253,12 @@ def on_lattice(
     known = field_of_view(moving, matrix @ affine, shape)
     if mask is not None:
         known &= resample(mask, affine, shape, labels=True) != 0
-    images = resample(fixed, affine, shape), resample(moving, matrix @ wide_affine, wide)
-    return *(image[None, ..., None] for image in images), known[None]
+    of_fixed, of_moving = maps or ((), ())
+    images = (
+        [resample(volume, affine, shape) for volume in (fixed, *of_fixed)],
+        [resample(volume, matrix @ wide_affine, wide) for volume in (moving, *of_moving)],
+    )
+    return *(np.stack(channels, axis=-1)[None] for channels in images), known[None]
 
 
 def _extended(fixed: Volume, shape: tuple[int, int, int], margin: int):
@@ -291,8 +311,9 @@ _halved, _flow, _dense = (jax.jit(function, static_argnums=1) for function in (b
 def _fit(control_grid, fixed, moving, mask, bending, folding, *, steps, similarity, method, from_start):
     return refine_recorded(
         control_grid,
-        fixed,
-        moving,
+        fixed[..., :1],
+        moving[..., :1],
+        maps=(fixed[..., 1:], moving[..., 1:]) if fixed.shape[-1] > 1 else None,
         steps=steps,
         bending=bending,
         learning_rate=LEARNING_RATE,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32
@@ -11,7 +12,7 @@ from gridreg_jax import ncf, rng
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.data.preprocess import Lattice, place
 from gridreg_jax.programs import stored
-from gridreg_jax.registration.deformable import on_lattice
+from gridreg_jax.registration.deformable import LabelMaps, on_lattice
 from gridreg_jax.training.trained import Trained
 from gridreg_jax.transforms.affine import apply_affine
 from gridreg_jax.transforms.warp import identity_grid, sample
@@ -25,11 +26,13 @@ class Proposal:
       matrix: RAS mm -> RAS mm; a translation, which brings the middles of the two lattices onto each other.
       displacement: u at the voxels of the lattice that it was asked for, in its voxels.
       sigma_mm: with a Bayesian head, there, the root of the summed variances of its three components.
+      maps: with a segmenter, the probabilities of each label in the fixed and in the moving image.
     """
 
     matrix: Float[np.ndarray, "4 4"]
     displacement: Float32[np.ndarray, "X Y Z 3"]
     sigma_mm: Float32[np.ndarray, "X Y Z"] | None
+    maps: LabelMaps | None
 
 
 def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Proposal:
@@ -47,7 +50,7 @@ def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Pr
     lattice = Lattice(data["shape"], data["spacing"], data["center"])
     on_fixed, on_moving = (place(volume, lattice) for volume in (fixed, moving))
     to_lattice = np.linalg.inv(on_fixed.affine) @ like.affine
-    displacement, variance_mm2 = _predict(
+    displacement, variance_mm2, probabilities = _predict(
         trained.params,
         on_fixed.image,
         on_moving.image,
@@ -59,7 +62,13 @@ def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Pr
         shape=like.array.shape,
     )
     sigma_mm = None if variance_mm2 is None else np.sqrt(variance_mm2)
-    return Proposal(on_moving.affine @ np.linalg.inv(on_fixed.affine), np.asarray(displacement), sigma_mm)
+    maps = None
+    if probabilities is not None:
+        maps = tuple(
+            [Volume(np.asarray(one), side.affine, volume.path) for one in np.moveaxis(array, -1, 0)]
+            for array, side, volume in zip(probabilities, (on_fixed, on_moving), (fixed, moving), strict=True)
+        )
+    return Proposal(on_moving.affine @ np.linalg.inv(on_fixed.affine), np.asarray(displacement), sigma_mm, maps)
 
 
 def fit_ncf(
@@ -91,4 +100,7 @@ def _predict(params, fixed, moving, to_lattice, to_voxels, squared_spacing, *, m
     variance_mm2 = None
     if prediction.variance is not None:
         variance_mm2 = jnp.sum(sample(prediction.variance[0], points) * squared_spacing, axis=-1)
-    return apply_affine(displacement, to_voxels), variance_mm2
+    probabilities = None
+    if prediction.segmentation is not None:
+        probabilities = [jax.nn.softmax(logits[0])[..., 1:] for logits in prediction.segmentation]
+    return apply_affine(displacement, to_voxels), variance_mm2, probabilities

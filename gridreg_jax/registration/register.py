@@ -244,7 +244,7 @@ def register(
     stages = PRESETS[preset]
     deformable.last_cells(fixed_working, stages, grid)  # A mistake is named before the long part.
     options = dict(similarity=similarity, grid=grid, method="grid" if method == "ncf" else method)
-    trained = displacement = sigma_mm = None
+    trained = displacement = sigma_mm = maps = None
     if model is not None:
         # Imported here: most registrations have no network.
         from gridreg_jax.registration.network import propose
@@ -258,11 +258,13 @@ def register(
     start = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         # The next part's programs are brought while this one runs.
-        loading = pool.submit(deformable.load, fixed_working, preset=stages, from_start=from_network, **options)
+        expected = dict(from_start=from_network, labels=getattr(trained.model, "labels", 0) if trained else 0)
+        loading = pool.submit(deformable.load, fixed_working, preset=stages, **expected, **options)
         if trained is not None:
             with in_use(model):
                 proposal = propose(trained, fixed, moving, fixed_working)
             matrix, displacement, sigma_mm = proposal.matrix, proposal.displacement, proposal.sigma_mm
+            maps = proposal.maps
         elif matrix is None:
             kind = "rigid" if affine == "rigid" else "affine"
             matrix = affine_start.align(fixed_working, moving_working, mask, kind=kind)
@@ -280,6 +282,7 @@ def register(
         preset=stages,
         mask=mask,
         start=displacement,
+        maps=maps,
         notify=notify,
         **options,
     )

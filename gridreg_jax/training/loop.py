@@ -60,14 +60,17 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
     leads = jax.process_index() == 0
     notify = tqdm.write if leads else lambda line: None
     check_config(config)
+    dataset = open_dataset(**config["data"], seed=config["seed"], notify=notify)
+    for field, used in (("loss.dice", config["loss"]["dice"]), ("model.segmenter", config["model"].get("segmenter"))):
+        if used and not dataset.has_labels:
+            raise InputError(f"{field} is on, but not every image has labels: list them, or set --config.{field}=0")
+    if config["model"].get("segmenter"):
+        config["model"]["labels"] = len(dataset.label_values)
     run = build_run(config)
     # All fields, so that a run can be rebuilt when a default has changed.
     config["model"] = describe(run.model)
-    dataset = open_dataset(**config["data"], seed=config["seed"], notify=notify)
     interpolator = getattr(run.model, "interpolator", "")
     loss = config["loss"] | {"interpolator": interpolator, "num_labels": len(dataset.label_values)}
-    if loss["dice"] and not dataset.has_labels:
-        raise InputError("loss.dice is on, but not every image has labels: list them, or set --config.loss.dice=0")
     train_step = make_train_step(
         run.model, run.optimizer, seed=config["seed"], loss=loss, augmentation=config["augmentation"]
     )

@@ -13,6 +13,7 @@ from gridreg_jax.losses import (
     diffusion_energy,
     kl_to_smooth,
     one_hot,
+    segmentation_loss,
     soft_dice,
     soft_dice_of_maps,
     uncertainty_weighted_mse,
@@ -38,6 +39,7 @@ def objective(
     kl: float = 0.0,
     kl_precision: float = 10.0,
     keypoints: float = 0.0,
+    segmentation: float = 0.0,
     uncertainty: float = 0.0,
     penalty: float = 1.0,
     samples: int = 1,
@@ -65,6 +67,7 @@ def objective(
         of the displacement. VoxelMorph's code doubles it for a velocity at half resolution; here the weight does that.
       keypoints: weight of the mean squared distance, in half lattices, of predicted keypoints from `fixed_points` and
         `moving_points` `[N, K, 3]` of the batch (voxels).
+      segmentation: weight of a segmenter's cross-entropy and overlap with `fixed_labels` and `moving_labels`.
       kl_precision: of the prior that `kl` compares the velocity's posterior to (see `losses.kl_to_smooth`).
       uncertainty: weight of the uncertainty-weighted similarity of a Bayesian head's mean map.
       penalty: in it, of the variance (the paper's lambda_0; 1 is a likelihood).
@@ -107,11 +110,15 @@ def objective(
         if prediction.keypoints is None:
             raise InputError(f"loss.keypoints is {keypoints}, but the model predicts no keypoints")
         terms["keypoints"] = _mean(_keypoint_error(prediction, batch, side) for side in (0, 1))
+    if segmentation and prediction.segmentation is not None:
+        sides = zip(prediction.segmentation, ("fixed_labels", "moving_labels"), strict=True)
+        terms["segmentation"] = _mean(segmentation_loss(logits, batch[name]) for logits, name in sides)
     if prediction.log_variance is not None:
         warped = warp(moving, jax.lax.stop_gradient(prediction.displacement))
         terms["uncertainty"] = uncertainty_weighted_mse(fixed, warped, prediction.variance, penalty=penalty)
     weights = dict(image=image, grid=grid, dice=dice, bending=bending)
-    weights |= dict(gradient=gradient, kl=kl, keypoints=keypoints, uncertainty=uncertainty)
+    weights |= dict(gradient=gradient, kl=kl, keypoints=keypoints)
+    weights |= dict(segmentation=segmentation, uncertainty=uncertainty)
     return sum(weights[name] * value for name, value in terms.items()), terms
 
 

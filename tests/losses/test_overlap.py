@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from gridreg_jax.losses import soft_dice
+from gridreg_jax.losses import segmentation_loss, soft_dice, soft_dice_of_probabilities
 
 NUM_LABELS = 4
 
@@ -105,3 +105,33 @@ def test_memory_does_not_grow_with_the_labels():
 
     one_map = 24**3 * 4 / 2**20
     assert mebibytes(200) < mebibytes(20) + 10 * one_map
+
+
+def probabilities(seed, cases=2, shape=(9, 8, 7)):
+    drawn = np.random.default_rng(seed).dirichlet(np.ones(NUM_LABELS + 1), (cases, *shape))
+    return jnp.asarray(drawn, jnp.float32)
+
+
+def test_overlap_of_probabilities():
+    fixed, warped = probabilities(0)[..., 1:], probabilities(1)[..., 1:]
+    mask = jnp.asarray(np.random.default_rng(2).uniform(size=fixed.shape[:-1]), jnp.float32)
+    for weights in (None, mask):
+        w = 1 if weights is None else weights[..., None]
+        sums = [np.sum(w * product, axis=(1, 2, 3), dtype=float) for product in (fixed * warped, fixed**2, warped**2)]
+        expected = 1 - np.mean(2 * sums[0] / (sums[1] + sums[2]), axis=-1)
+        np.testing.assert_allclose(soft_dice_of_probabilities(fixed, warped, mask=weights), expected, rtol=1e-5)
+    # However unsure both are.
+    np.testing.assert_allclose(soft_dice_of_probabilities(fixed, fixed), 0, atol=1e-6)
+    assert (soft_dice_of_probabilities(fixed, jnp.zeros_like(fixed)) == 1).all()
+
+
+def test_segmentation_loss_is_cross_entropy_and_overlap():
+    predicted = probabilities(0)
+    # The last label does not occur.
+    labels = jnp.asarray(np.random.default_rng(1).integers(0, NUM_LABELS, predicted.shape[:-1]), jnp.int32)
+    truth = np.eye(NUM_LABELS + 1)[labels]
+    entropy = -np.log((truth * predicted).sum(-1)).mean((1, 2, 3))
+    agreeing, total = ((truth * predicted)[..., 1:].sum((1, 2, 3)), (truth + predicted)[..., 1:].sum((1, 2, 3)))
+    expected = entropy + 1 - (2 * agreeing / total).mean(-1)
+    logits = np.log(predicted) + np.random.default_rng(2).normal(size=(*labels.shape, 1))  # up to a constant
+    np.testing.assert_allclose(segmentation_loss(jnp.asarray(logits, jnp.float32), labels), expected, rtol=1e-4)

@@ -1,6 +1,7 @@
 """A network's proposal, from a network whose map is known."""
 
 import dataclasses
+from pathlib import Path
 
 import jax.numpy as jnp
 import nibabel as nib
@@ -9,11 +10,13 @@ import pytest
 from flax import linen as nn
 
 from gridreg_jax import geometry
-from gridreg_jax.data.preprocess import Lattice, lattice_affine
+from gridreg_jax.data.nifti import Volume
+from gridreg_jax.data.preprocess import Lattice, lattice_affine, place
 from gridreg_jax.errors import InputError
 from gridreg_jax.models import build
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.registration import register as call
+from gridreg_jax.registration.deformable import PRESETS, Stage, deform
 from gridreg_jax.registration.network import propose
 from gridreg_jax.training import trained
 from gridreg_jax.training.trained import Trained
@@ -26,16 +29,21 @@ LINEAR = np.array([[0.02, 0.03, 0.0], [-0.04, 0.05, 0.01], [0.0, -0.02, 0.03]], 
 
 
 class Known(nn.Module):
-    """Predicts `LINEAR` times the distance from the middle, and half a voxel of uncertainty along x."""
+    """Predicts `LINEAR` times the distance from the middle, and half a voxel of uncertainty along x.
+
+    With a label, its probability is that of the image's intensity.
+    """
 
     bayesian: bool = False
+    labels: int = 0
 
     @nn.compact
     def __call__(self, fixed, moving, *, grid_size, train=False):
         points = identity_grid(fixed.shape[1:4]) - (np.array(fixed.shape[1:4]) - 1) / 2
         displacement = (points @ LINEAR.T)[None]
         variance = jnp.zeros_like(displacement).at[..., 0].set(0.25) if self.bayesian else None
-        return Prediction(displacement, variance=variance)
+        told = tuple(jnp.concatenate([-4 * image, 4 * image], axis=-1) for image in (fixed, moving))
+        return Prediction(displacement, variance=variance, segmentation=told if self.labels else None)
 
 
 def known(**fields):
@@ -71,6 +79,36 @@ def test_the_proposal_is_the_networks_map_in_world_space(pair):
     np.testing.assert_allclose(proposal.sigma_mm, 0.5 * SPACING[0], rtol=1e-5)
 
 
+def test_maps_of_labels_lie_where_the_images_do(pair):
+    proposal = propose(known(labels=1), *pair, pair[0])
+    assert propose(known(), *pair, pair[0]).maps is None
+    for (told,), volume in zip(proposal.maps, pair, strict=True):
+        on_lattice = place(volume, Lattice(SHAPE, SPACING))
+        np.testing.assert_allclose(told.affine, on_lattice.affine)
+        np.testing.assert_allclose(told.array, 1 / (1 + np.exp(-8 * on_lattice.image)), atol=1e-5)
+
+
+def test_maps_of_labels_guide_the_deformation_where_the_images_say_nothing():
+    affine, steps = np.diag([2.0, 2.5, 3.0, 1.0]), np.array([2.0, 2.5, 3.0])
+    shape, shift_mm = (24, 20, 18), np.array([3.0, -2.0, 2.5])
+    flat = Volume(np.zeros(shape, np.float32), affine, Path("flat"))
+    middle = (np.array(shape) - 1) / 2 * steps
+
+    def blob(center, spacing):
+        voxels = np.rint(np.multiply(shape, steps) / spacing).astype(int)
+        distance = np.moveaxis(np.indices(voxels), 0, -1) * spacing - center
+        array = np.exp(-np.sum((distance / 9) ** 2, axis=-1)).astype(np.float32)
+        return Volume(array, np.diag([*spacing, 1.0]), Path("blob"))
+
+    preset = dataclasses.replace(PRESETS["fast"], stages=(Stage(1, 0, 80, 0.01),))
+    options = dict(preset=preset, grid=5, start=np.zeros((*shape, 3), np.float32))
+    maps = ([blob(middle, steps)], [blob(middle + shift_mm, np.full(3, 2.2))])
+    found = deform(flat, flat, np.eye(4), maps=maps, **options)[0]
+    dense = interpolate(jnp.asarray(found[None]), shape, method="bspline")[0]
+    np.testing.assert_allclose(dense[tuple(np.array(shape) // 2)] * steps, shift_mm, atol=0.5)
+    assert np.abs(deform(flat, flat, np.eye(4), **options)[0]).max() < 1e-3
+
+
 def test_a_run_of_another_version_is_named(pair, monkeypatch):
     other = dataclasses.replace(known(), model=build("gridreg", levels=4), params={"params": {}})
     monkeypatch.setattr(trained, "load_trained", lambda workdir, notify: other)
@@ -91,6 +129,9 @@ def test_registration_begins_with_the_network(pair, monkeypatch):
     true = points_mm + [150.0, 20, -30]
     errors = [np.linalg.norm(each.map_points(points_mm) - true, axis=1).mean() for each in (found, refined)]
     assert errors[1] < 0.8 * errors[0]
+    monkeypatch.setattr(trained, "load_trained", lambda workdir, notify: known(labels=1))
+    told = call(*pair, model="run", grid=6, refine=15)
+    assert np.abs(told.control_grid - refined.control_grid).max() > 0.01
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""The segmenter, and the network that sees what it tells."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gridreg_jax.models import Prediction, build
+from gridreg_jax.models.segmenter import Segmenter, _finer
+from gridreg_jax.training.objective import objective
+from gridreg_jax.transforms.warp import warp
+
+SHAPE, GRID = (18, 21, 16), (4, 5, 4)
+TINY = dict(levels=4, width=4, projection=8, decoder=8, heads=2, contrast_window=5, segmenter=4, labels=2)
+
+
+def images(cases=1, shape=SHAPE):
+    return jnp.asarray(np.random.default_rng(0).uniform(size=(2, cases, *shape, 1)), jnp.float32)
+
+
+def random_params(model, *inputs, **options):
+    shapes = jax.eval_shape(lambda *inputs: model.init(jax.random.key(0), *inputs, **options), *inputs)
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), shapes)
+
+
+@pytest.mark.parametrize("shape", [(17, 19, 9), (16, 16, 16), (33, 8, 12)])
+def test_any_image_size(shape):
+    image = jax.ShapeDtypeStruct((3, *shape, 1), jnp.float32)
+    logits = jax.eval_shape(lambda x: Segmenter(5, 4).init_with_output(jax.random.key(0), x)[0], image)
+    assert (logits.shape, logits.dtype) == ((3, *shape, 6), jnp.float32)
+
+
+@pytest.mark.parametrize(("size", "factor"), [(9, 2), (8, 2), (7, 1), (9, 4)])
+def test_features_lie_where_they_were_computed(size, factor):
+    """Feature i of a convolution with a stride sits at voxel `factor * i`: a ramp stays that ramp as far as they go."""
+    places = np.arange(0, size, factor, dtype=np.float32)
+    found = _finer(jnp.asarray(places).reshape(1, -1, 1, 1, 1), (size, 1, 1), factor)[0, :, 0, 0, 0]
+    np.testing.assert_allclose(found, np.minimum(np.arange(size), places[-1]), atol=1e-5)
+
+
+def test_it_learns_from_labels_alone_and_the_rest_sees_what_it_tells():
+    fixed, moving = images()
+    model = build("gridreg", **TINY)
+    params = random_params(model, fixed, moving, grid_size=GRID)
+    labels = jnp.asarray(np.random.default_rng(2).integers(0, 3, (2, 1, *SHAPE)), jnp.int32)
+    batch = dict(fixed=fixed, moving=moving, fixed_labels=labels[0], moving_labels=labels[1])
+
+    def gradient(**weights):
+        def loss(params):
+            prediction = model.apply(params, fixed, moving, grid_size=GRID)
+            return objective(prediction, batch, interpolator="trilinear", num_labels=2, **weights)[0].sum()
+
+        return jax.grad(loss)(params)["params"]
+
+    def moves(tree):
+        return any(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(tree))
+
+    of_the_map = gradient(dice=1.0, segmentation=0.0)
+    of_labels = gradient(image=0.0, grid=0.0, bending=0.0, segmentation=1.0)
+    assert not moves(of_the_map.pop("segmenter")) and moves(of_the_map)
+    assert moves(of_labels.pop("segmenter")) and not moves(of_labels)
+    other = jax.tree.map(lambda leaf: leaf, params)
+    other["params"]["segmenter"] = jax.tree.map(jnp.negative, params["params"]["segmenter"])
+    one, two = (model.apply(p, fixed, moving, grid_size=GRID).control_grid for p in (params, other))
+    assert jnp.abs(one - two).max() > 1e-3
+
+
+def test_it_sees_one_image_at_a_time():
+    fixed, moving = images()
+    model = build("gridreg", **TINY)
+    params = random_params(model, fixed, moving, grid_size=GRID)
+    pairs = (fixed, moving), (moving, fixed)
+    there, back = (model.apply(params, *pair, grid_size=GRID).segmentation for pair in pairs)
+    for one, other in zip(there, back[::-1], strict=True):
+        assert one.shape == (1, *SHAPE, 3)
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_a_second_iteration_sees_the_warped_maps():
+    """The segmenter runs once: the second run of the network gets its maps under the first run's map."""
+    fixed, moving = images()
+    once, twice = (build("gridreg", iterations=iterations, **TINY) for iterations in (1, 2))
+    params = random_params(once, fixed, moving, grid_size=GRID)
+    first: Prediction = once.apply(params, fixed, moving, grid_size=GRID)
+    of_fixed, of_moving = (jax.nn.softmax(logits)[..., 1:] for logits in first.segmentation)
+    warped = warp(jnp.concatenate([moving, of_moving], axis=-1), first.displacement)
+    second = once.apply(params, jnp.concatenate([fixed, of_fixed], axis=-1), warped, GRID, method="_run")
+    both = twice.apply(params, fixed, moving, grid_size=GRID).control_grid
+    np.testing.assert_allclose(both, first.control_grid + second, atol=1e-4)
