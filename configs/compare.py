@@ -4,9 +4,10 @@
     python train.py --config=configs/compare.py:cpu --config.data.subjects=subjects.csv \\
         --config.systems="('gridreg','voxelmorph')"    # 1000 steps each at 2 mm
 
-All take the same data, similarity, overlap, augmentation and number of steps, and no instance optimisation. Each keeps
-its authors' smoothness; the optimiser is GridReg's for all, since the authors' rates are for trainings a hundred times
-as long, with a rate for each that is not tuned. KeyMorph spends half of its steps on its authors' pre-training.
+All take the same data, similarity, overlap, augmentation and number of steps; none has a segmenter or instance
+optimisation. Each keeps its authors' smoothness; the optimiser is GridReg's for all, since the authors' rates are for
+trainings a hundred times as long, with a rate for each that is not tuned. KeyMorph spends half of its steps on its
+authors' pre-training.
 """
 
 from ml_collections import ConfigDict

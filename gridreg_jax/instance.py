@@ -17,6 +17,8 @@ WINDOW = 5
 # What a control grid can stand for: displacements; or a stationary velocity, with the similarity of the fixed and the
 # warped moving image, or also that of the moving image and the fixed one under the inverse.
 METHODS = ("grid", "velocity", "symmetric")
+# Voxels an axis from one that counts in the overlap of labels to the next.
+STRIDE = 2
 # Of a velocity at half the resolution.
 SQUARINGS = 6
 # Jacobian determinants below this are penalised: above 0, since between the voxels they are lower still.
@@ -91,8 +93,11 @@ def refine_recorded(
         warped = warp(moving, displacement, origin=margin)
         unlike = SIMILARITIES[similarity](fixed, warped, mask=mask, **options)
         if maps is not None:
-            warped_maps = warp(maps[1], displacement, origin=margin)
-            unlike += overlap * soft_dice_of_probabilities(maps[0], warped_maps, mask=mask)
+            # Probabilities are smooth: every other voxel an axis tells their overlap, at an eighth of the cost.
+            sparse = (slice(None), *[slice(None, None, STRIDE)] * 3)
+            warped_maps = warp(maps[1], displacement[sparse], origin=margin, stride=STRIDE)
+            seen = None if mask is None else mask[sparse]
+            unlike += overlap * soft_dice_of_probabilities(maps[0][sparse], warped_maps, mask=seen)
         if method == "symmetric":
             back = warp(fixed, flow(-grid, shape, method=interpolator))
             unlike = (unlike + SIMILARITIES[similarity](within, back, mask=mask, **options)) / 2

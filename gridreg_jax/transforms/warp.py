@@ -60,7 +60,11 @@ def sample(volume: Num[Array, "X Y Z C"], points: Float[Array, "*P 3"]) -> Float
 
 
 def warp(
-    volume: Num[Array, "N X Y Z C"], displacement: Float[Array, "N x y z 3"], *, origin: Sequence[int] = (0, 0, 0)
+    volume: Num[Array, "N X Y Z C"],
+    displacement: Float[Array, "N x y z 3"],
+    *,
+    origin: Sequence[int] = (0, 0, 0),
+    stride: int = 1,
 ) -> Float[Array, "N x y z C"]:
     """Pull-back: `warped(x) = volume(x + displacement(x))`, trilinear, border padding.
 
@@ -68,14 +72,15 @@ def warp(
       volume: what is sampled (the moving image).
       displacement: voxels, component c along axis c, on the fixed lattice (whose size may differ).
       origin: voxel of the volume in which the fixed lattice begins.
+      stride: how many voxels of the volume one of the fixed lattice is.
     """
-    return _sample(volume, *_places(displacement, origin))
+    return _sample(volume, *_places(displacement, origin, stride))
 
 
-def _places(displacement, origin=(0, 0, 0)):
+def _places(displacement, origin=(0, 0, 0), stride=1):
     """Where displaced voxels lie `[N, x, y, z]`, an array an axis."""
     lattice = (
-        jnp.arange(first, first + size, dtype=jnp.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+        (first + stride * jnp.arange(size, dtype=jnp.float32)).reshape([-1 if a == axis else 1 for a in range(3)])
         for axis, (first, size) in enumerate(zip(origin, displacement.shape[1:4], strict=True))
     )
     return [displacement[..., axis] + place for axis, place in enumerate(lattice)]

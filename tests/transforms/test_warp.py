@@ -58,6 +58,15 @@ def test_a_lattice_may_begin_elsewhere():
     np.testing.assert_array_equal(warping.warp(jnp.asarray(volume), zero, origin=(3, 2, 1)), volume[:, 3:7, 2:7, 1:])
 
 
+def test_a_lattice_may_be_sparser():
+    rng = np.random.default_rng(1)
+    volume = jnp.asarray(rng.normal(size=(1, 8, 9, 7, 2)), jnp.float32)
+    displacement = jnp.asarray(rng.normal(size=(1, 6, 7, 5, 3)), jnp.float32)
+    sparse = (slice(None), *[slice(None, None, 2)] * 3)
+    found = warping.warp(volume, displacement[sparse], origin=(1, 0, 2), stride=2)
+    np.testing.assert_allclose(found, warping.warp(volume, displacement, origin=(1, 0, 2))[sparse], atol=1e-6)
+
+
 def test_integer_translation_pulls_back():
     volume = random_volume()
     displacement = np.broadcast_to(np.float32([2, -1, 0]), (2, *SHAPE, 3))
