@@ -58,7 +58,7 @@ class GridReg(nn.Module):
         gradient is that of one more: every run learns to be the last.
       segmenter: features of a segmenter at half the resolution; 0: none. It predicts the labels of each image by itself
         (`Segmenter`), taught by those of the training images; the encoder sees its probabilities beside the images, and
-        so does the instance optimisation. Not in the paper.
+        so does the instance optimisation. For few labels: memory grows with them. Not in the paper.
       labels: how many it predicts beside the background; training sets it to those of the data.
       precision: of the encoder, nearly all of the arithmetic: "float32", or "bfloat16" for accelerators. Parameters,
         statistics, and whatever follows the encoder stay in float32.
@@ -116,6 +116,8 @@ class GridReg(nn.Module):
             raise InputError(f"model.iterations is {self.iterations}: give 1 or more")
         if self.bound < 0:
             raise InputError(f"model.bound is {self.bound}: give a positive number of half lattices, or 0 for none")
+        if self.segmenter < 0:
+            raise InputError(f"model.segmenter is {self.segmenter}: give a positive number of features, or 0 for none")
         shape = fixed.shape[1:4]
         segmentation, seen = None, (fixed, moving)
         if self.segmenter:

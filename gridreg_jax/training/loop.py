@@ -1,5 +1,6 @@
 """Training, from a config to a trained run."""
 
+import dataclasses
 import math
 import signal
 import sys
@@ -60,13 +61,14 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
     leads = jax.process_index() == 0
     notify = tqdm.write if leads else lambda line: None
     check_config(config)
+    run = build_run(config)
     dataset = open_dataset(**config["data"], seed=config["seed"], notify=notify)
-    for field, used in (("loss.dice", config["loss"]["dice"]), ("model.segmenter", config["model"].get("segmenter"))):
+    segments = getattr(run.model, "segmenter", 0)
+    for field, used in (("loss.dice", config["loss"]["dice"]), ("model.segmenter", segments)):
         if used and not dataset.has_labels:
             raise InputError(f"{field} is on, but not every image has labels: list them, or set --config.{field}=0")
-    if config["model"].get("segmenter"):
-        config["model"]["labels"] = len(dataset.label_values)
-    run = build_run(config)
+    if segments:
+        run = dataclasses.replace(run, model=run.model.clone(labels=len(dataset.label_values)))
     # All fields, so that a run can be rebuilt when a default has changed.
     config["model"] = describe(run.model)
     interpolator = getattr(run.model, "interpolator", "")

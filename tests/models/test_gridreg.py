@@ -275,7 +275,7 @@ def test_a_second_iteration_adds_what_the_network_finds_on_the_warped_image():
     np.testing.assert_allclose(both.control_grid, first.control_grid + second.control_grid, atol=1e-4)
 
 
-@pytest.mark.parametrize("field", [{"contrast_window": 4}, {"iterations": 0}])
+@pytest.mark.parametrize("field", [{"contrast_window": 4}, {"iterations": 0}, {"segmenter": -1}])
 def test_impossible_fields_are_named(field):
     with pytest.raises(InputError, match=f"model.{next(iter(field))} is"):
         shapes_of_params(**field, **TINY)
