@@ -60,15 +60,14 @@ def _predict(params, batch: dict[str, jax.Array], *, model, grid_size, refinemen
     prediction = model.apply(params, batch["fixed"], batch["moving"], grid_size=grid_size)
     displacement = prediction.displacement
     if refinement:
-        images, interpolator = (batch["fixed"], batch["moving"]), model.interpolator
+        interpolator = model.interpolator
         options = dict(refinement) if interpolator == "bspline" else {**refinement, "folding": None}
         # What one of the images does not show draws nothing: the border of its view is no edge of what it shows.
         if "fixed_known" in batch:
             moving_known = batch["moving_known"].astype(jnp.float32)[..., None]
             options["mask"] = batch["fixed_known"] * warp(moving_known, displacement)[..., 0]
-        if prediction.segmentation is not None:
-            options["maps"] = tuple(jax.nn.softmax(logits)[..., 1:] for logits in prediction.segmentation)
-        control_grid = refine(prediction.control_grid, *images, interpolator=interpolator, **options)
+        options |= dict(interpolator=interpolator, maps=prediction.label_maps)
+        control_grid = refine(prediction.control_grid, batch["fixed"], batch["moving"], **options)
         displacement = interpolate(control_grid, batch["fixed"].shape[1:4], method=interpolator)
     result = _applied(batch, displacement)
     if prediction.variance is not None:

@@ -1,5 +1,6 @@
 """What every model returns: all that follows (losses, evaluation, export) sees only this."""
 
+import jax
 from flax import struct
 from jaxtyping import Array, Float
 
@@ -28,3 +29,11 @@ class Prediction:
     # Of a model with a segmenter: logarithms of the probabilities of background and labels, up to a constant, of the
     # fixed and of the moving image.
     segmentation: tuple[Float[Array, "N X Y Z L"], Float[Array, "N X Y Z L"]] | None = None
+
+    @property
+    def label_maps(self) -> tuple[Float[Array, "N X Y Z L"], Float[Array, "N X Y Z L"]] | None:
+        """Probabilities of the labels, without the background, in the fixed and in the moving image."""
+        if self.segmentation is None:
+            return None
+        fixed, moving = (jax.nn.softmax(logits)[..., 1:] for logits in self.segmentation)
+        return fixed, moving

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32
@@ -50,7 +49,7 @@ def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Pr
     lattice = Lattice(data["shape"], data["spacing"], data["center"])
     on_fixed, on_moving = (place(volume, lattice) for volume in (fixed, moving))
     to_lattice = np.linalg.inv(on_fixed.affine) @ like.affine
-    displacement, variance_mm2, probabilities = _predict(
+    displacement, variance_mm2, label_maps = _predict(
         trained.params,
         on_fixed.image,
         on_moving.image,
@@ -63,10 +62,10 @@ def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Pr
     )
     sigma_mm = None if variance_mm2 is None else np.sqrt(variance_mm2)
     maps = None
-    if probabilities is not None:
+    if label_maps is not None:
         maps = tuple(
-            [Volume(np.asarray(one), side.affine, volume.path) for one in np.moveaxis(array, -1, 0)]
-            for array, side, volume in zip(probabilities, (on_fixed, on_moving), (fixed, moving), strict=True)
+            [Volume(np.asarray(one), side.affine, volume.path) for one in np.moveaxis(array[0], -1, 0)]
+            for array, side, volume in zip(label_maps, (on_fixed, on_moving), (fixed, moving), strict=True)
         )
     return Proposal(on_moving.affine @ np.linalg.inv(on_fixed.affine), np.asarray(displacement), sigma_mm, maps)
 
@@ -100,7 +99,4 @@ def _predict(params, fixed, moving, to_lattice, to_voxels, squared_spacing, *, m
     variance_mm2 = None
     if prediction.variance is not None:
         variance_mm2 = jnp.sum(sample(prediction.variance[0], points) * squared_spacing, axis=-1)
-    probabilities = None
-    if prediction.segmentation is not None:
-        probabilities = [jax.nn.softmax(logits[0])[..., 1:] for logits in prediction.segmentation]
-    return apply_affine(displacement, to_voxels), variance_mm2, probabilities
+    return apply_affine(displacement, to_voxels), variance_mm2, prediction.label_maps
