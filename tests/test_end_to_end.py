@@ -23,7 +23,7 @@ from gridreg_jax.data.pipeline import Dataset
 from gridreg_jax.data.preprocess import Lattice
 from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation.evaluate import evaluate
-from gridreg_jax.models import keymorph
+from gridreg_jax.models import describe, keymorph
 from gridreg_jax.training import loop
 from gridreg_jax.training.checkpoint import Checkpoints
 from gridreg_jax.training.loop import fit
@@ -472,6 +472,20 @@ def test_a_workdir_of_another_model_is_refused_and_left_alone(trained, subjects_
     with pytest.raises(InputError, match=r"holds a run of another model \(width: 4 there, 8 now\)"):
         fit(tiny_config(subjects_csv, model__width=8), trained[0])
     assert {path: path.stat().st_mtime_ns for path in trained[0].rglob("*") if path.is_file()} == before
+
+
+def test_a_run_from_before_a_field_of_the_model_was_there_goes_on(subjects_csv, tmp_path, monkeypatch):
+    def of_before(model):
+        return {name: value for name, value in describe(model).items() if name not in ("segmenter", "labels")}
+
+    def goes_on(steps):
+        return fit(tiny_config(subjects_csv, grid_sizes=(5,), steps=steps, val_every=1), tmp_path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "describe", of_before)
+        assert goes_on(1)
+    assert goes_on(2)
+    assert [line["step"] for line in read_metrics(tmp_path) if line["kind"] == "train"] == [1, 2]
 
 
 def test_an_evaluation_of_nothing_is_refused(tmp_path):

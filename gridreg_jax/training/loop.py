@@ -208,7 +208,8 @@ def _initial_state(run, config: dict, checkpoints: Checkpoints, notify: Callable
         return 0, state, None
 
     def shapes(saved: dict):
-        there, now = saved["model"], config["model"]
+        # A field that the model did not have then stands at its default.
+        there, now = describe(build(**saved["model"])), config["model"]
         differing = sorted(k for k in there.keys() | now.keys() if there.get(k) != now.get(k))
         if differing:
             changes = ", ".join(f"{k}: {there.get(k)} there, {now.get(k)} now" for k in differing)
