@@ -1,7 +1,7 @@
 """GridReg on cropped hippocampus MR with two labels (Medical Segmentation Decathlon, task 4); not in the paper.
 
     python train.py --config=configs/hippocampus.py --config.data.subjects=subjects.csv
-    python train.py --config=configs/hippocampus.py:cpu --config.data.subjects=subjects.csv   # a few minutes
+    python train.py --config=configs/hippocampus.py:cpu --config.data.subjects=subjects.csv   # about ten minutes
     python train.py --config=configs/hippocampus.py:voxelmorph --config.data.subjects=subjects.csv   # another system
 """
 

@@ -36,7 +36,7 @@ def refine_recorded(
     interpolator: str,
     similarity: str = "lncc",
     mask: Shaped[Array, "N X Y Z"] | None = None,
-    maps: tuple[Float[Array, "N X Y Z L"], Float[Array, "N x y z L"]] | None = None,
+    label_maps: tuple[Float[Array, "N X Y Z L"], Float[Array, "N x y z L"]] | None = None,
     overlap: float | Float[Array, ""] = 1.0,
     folding: float | Float[Array, ""] | None = None,
     method: str = "grid",
@@ -56,7 +56,7 @@ def refine_recorded(
       interpolator: of the control grid.
       similarity: a name in `losses.SIMILARITIES`; "lncc" with windows of `WINDOW` voxels.
       mask: weight of each voxel in the similarity and in the overlap.
-      maps: probabilities of labels in the fixed and in the moving image, whose overlap is to grow too.
+      label_maps: probabilities of labels in the fixed and in the moving image, whose overlap is to grow too.
       overlap: weight of that, `losses.soft_dice_of_probabilities`.
       folding: weight of the mean square by which Jacobian determinants at the voxels fall short of `MARGIN`; None for
         no such term. For the cubic spline, and displacements, only.
@@ -92,12 +92,12 @@ def refine_recorded(
         displacement = field if method == "grid" else flow(grid, shape, method=interpolator)
         warped = warp(moving, displacement, origin=margin)
         unlike = SIMILARITIES[similarity](fixed, warped, mask=mask, **options)
-        if maps is not None:
+        if label_maps is not None:
             # Probabilities are smooth: every other voxel an axis tells their overlap, at an eighth of the cost.
             sparse = (slice(None), *[slice(None, None, STRIDE)] * 3)
-            warped_maps = warp(maps[1], displacement[sparse], origin=margin, stride=STRIDE)
+            warped_maps = warp(label_maps[1], displacement[sparse], origin=margin, stride=STRIDE)
             seen = None if mask is None else mask[sparse]
-            unlike += overlap * soft_dice_of_probabilities(maps[0][sparse], warped_maps, mask=seen)
+            unlike += overlap * soft_dice_of_probabilities(label_maps[0][sparse], warped_maps, mask=seen)
         if method == "symmetric":
             back = warp(fixed, flow(-grid, shape, method=interpolator))
             unlike = (unlike + SIMILARITIES[similarity](within, back, mask=mask, **options)) / 2

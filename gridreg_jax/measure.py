@@ -66,7 +66,7 @@ def _predict(params, batch: dict[str, jax.Array], *, model, grid_size, refinemen
         if "fixed_known" in batch:
             moving_known = batch["moving_known"].astype(jnp.float32)[..., None]
             options["mask"] = batch["fixed_known"] * warp(moving_known, displacement)[..., 0]
-        options |= dict(interpolator=interpolator, maps=prediction.label_maps)
+        options |= dict(interpolator=interpolator, label_maps=prediction.label_maps)
         control_grid = refine(prediction.control_grid, batch["fixed"], batch["moving"], **options)
         displacement = interpolate(control_grid, batch["fixed"].shape[1:4], method=interpolator)
     result = _applied(batch, displacement)

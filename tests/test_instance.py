@@ -90,15 +90,15 @@ def test_maps_of_labels_guide_where_the_images_say_nothing():
     shifted = warp(blob, jnp.broadcast_to(-shift, (1, *SHAPE, 3)))
     options = OPTIONS | dict(steps=80, interpolator="bspline", bending=0.01)
 
-    def found(**maps):
-        grid = refine(0 * control_grid, flat, flat, **options, **maps)
+    def found(**told):
+        grid = refine(0 * control_grid, flat, flat, **options, **told)
         return interpolate(grid, SHAPE, method="bspline")[(0, *map(int, center))]
 
-    np.testing.assert_allclose(found(maps=(blob, shifted)), shift, atol=0.2)
+    np.testing.assert_allclose(found(label_maps=(blob, shifted)), shift, atol=0.2)
     np.testing.assert_allclose(found(), 0, atol=1e-3)
-    np.testing.assert_allclose(found(maps=(blob, shifted), overlap=0.0), 0, atol=1e-3)
+    np.testing.assert_allclose(found(label_maps=(blob, shifted), overlap=0.0), 0, atol=1e-3)
     # Nothing is known there.
-    np.testing.assert_allclose(found(maps=(blob, shifted), mask=jnp.zeros((1, *SHAPE))), 0, atol=1e-3)
+    np.testing.assert_allclose(found(label_maps=(blob, shifted), mask=jnp.zeros((1, *SHAPE))), 0, atol=1e-3)
 
 
 def test_the_penalty_on_folding_unfolds():

@@ -19,7 +19,7 @@ from gridreg_jax.models.layers import (
     position_encoding,
     resample_features,
 )
-from gridreg_jax.models.prediction import Prediction
+from gridreg_jax.models.prediction import Prediction, label_probabilities
 from gridreg_jax.models.segmenter import Segmenter
 from gridreg_jax.transforms.interpolation import (
     check_grid_size,
@@ -125,7 +125,7 @@ class GridReg(nn.Module):
             logits = Segmenter(self.labels, **fields, name="segmenter")(jnp.concatenate([fixed, moving]))
             segmentation = tuple(jnp.split(logits, 2))
             # The segmenter learns from labels alone: what it tells stays a probability of them.
-            maps = (jax.lax.stop_gradient(jax.nn.softmax(side)[..., 1:]) for side in segmentation)
+            maps = (jax.lax.stop_gradient(label_probabilities(logits)) for logits in segmentation)
             seen = tuple(jnp.concatenate(both, axis=-1) for both in zip(seen, maps, strict=True))
 
         def run(found, network):

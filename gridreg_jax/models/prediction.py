@@ -5,6 +5,11 @@ from flax import struct
 from jaxtyping import Array, Float
 
 
+def label_probabilities(logits: Float[Array, "N X Y Z K"]) -> Float[Array, "N X Y Z L"]:
+    """Of the labels alone, from logarithms for the background (channel 0) and the labels."""
+    return jax.nn.softmax(logits)[..., 1:]
+
+
 @struct.dataclass
 class Prediction:
     """The map from fixed to moving that a model predicts; voxels of the fixed lattice, component c along axis c."""
@@ -35,5 +40,5 @@ class Prediction:
         """Probabilities of the labels, without the background, in the fixed and in the moving image."""
         if self.segmentation is None:
             return None
-        fixed, moving = (jax.nn.softmax(logits)[..., 1:] for logits in self.segmentation)
+        fixed, moving = map(label_probabilities, self.segmentation)
         return fixed, moving

@@ -116,7 +116,7 @@ def deform(
     mask: Volume | None = None,
     method: str = "grid",
     start: Float[np.ndarray, "X Y Z 3"] | None = None,
-    maps: LabelMaps | None = None,
+    label_maps: LabelMaps | None = None,
     notify: Callable[[StageResult], None] = lambda result: None,
 ) -> tuple[Float[np.ndarray, "gx gy gz 3"], Certificate, list[StageResult], float | None]:
     """The control grid u for which `moving(matrix(x + u(x)))` is most like `fixed(x)`.
@@ -133,7 +133,7 @@ def deform(
       method: a name in `instance.METHODS`. With a velocity, the control grid returned is the closest to its flow.
       start: u to begin with, in voxels of `fixed` at its voxels; None: 0. Not with a velocity. The bending energy
         is that of the change from it.
-      maps: the overlap of these is to grow too (see `instance.refine_recorded`); on any lattices.
+      label_maps: the overlap of these is to grow too (see `instance.refine_recorded`); on any lattices.
       notify: takes the result of each stage when it ends.
 
     Returns:
@@ -150,8 +150,9 @@ def deform(
     options = dict(similarity=similarity, method=method, from_start=start is not None)
     for stage in preset.stages:
         if stage.coarsening not in images:
-            both = on_lattice(fixed, moving, mask, matrix, stage.coarsening, margin=MARGIN, maps=maps)
-            images[stage.coarsening] = both
+            images[stage.coarsening] = on_lattice(
+                fixed, moving, mask, matrix, stage.coarsening, margin=MARGIN, label_maps=label_maps
+            )
         control_grid, result = _run(control_grid, shape, images[stage.coarsening], stage, cells, **options)
         results.append(result)
         notify(result)
@@ -235,13 +236,13 @@ def on_lattice(
     coarsening: int,
     *,
     margin: int = 0,
-    maps: LabelMaps | None = None,
+    label_maps: LabelMaps | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Two images and where both are known, on a lattice of `coarsening` times the finest spacing of the fixed image's.
 
     Args:
       margin: by how much the moving image's lattice is longer on every side, in voxels of the finest lattice.
-      maps: come behind the images, each in a channel of its own.
+      label_maps: come behind the images, each in a channel of its own.
 
     Returns:
       The fixed image `[1, X, Y, Z, C]`, the moving one under the affine map `[1, x, y, z, C]`, in the middle of which
@@ -253,7 +254,7 @@ def on_lattice(
     known = field_of_view(moving, matrix @ affine, shape)
     if mask is not None:
         known &= resample(mask, affine, shape, labels=True) != 0
-    of_fixed, of_moving = maps or ((), ())
+    of_fixed, of_moving = label_maps or ((), ())
     images = (
         [resample(volume, affine, shape) for volume in (fixed, *of_fixed)],
         [resample(volume, matrix @ wide_affine, wide) for volume in (moving, *of_moving)],
@@ -313,7 +314,7 @@ def _fit(control_grid, fixed, moving, mask, bending, folding, *, steps, similari
         control_grid,
         fixed[..., :1],
         moving[..., :1],
-        maps=(fixed[..., 1:], moving[..., 1:]) if fixed.shape[-1] > 1 else None,
+        label_maps=(fixed[..., 1:], moving[..., 1:]) if fixed.shape[-1] > 1 else None,
         steps=steps,
         bending=bending,
         learning_rate=LEARNING_RATE,

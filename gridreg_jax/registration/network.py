@@ -25,13 +25,13 @@ class Proposal:
       matrix: RAS mm -> RAS mm; a translation, which brings the middles of the two lattices onto each other.
       displacement: u at the voxels of the lattice that it was asked for, in its voxels.
       sigma_mm: with a Bayesian head, there, the root of the summed variances of its three components.
-      maps: with a segmenter, the probabilities of each label in the fixed and in the moving image.
+      label_maps: with a segmenter, the probabilities of each label in the fixed and in the moving image.
     """
 
     matrix: Float[np.ndarray, "4 4"]
     displacement: Float32[np.ndarray, "X Y Z 3"]
     sigma_mm: Float32[np.ndarray, "X Y Z"] | None
-    maps: LabelMaps | None
+    label_maps: LabelMaps | None
 
 
 def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Proposal:
@@ -49,7 +49,7 @@ def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Pr
     lattice = Lattice(data["shape"], data["spacing"], data["center"])
     on_fixed, on_moving = (place(volume, lattice) for volume in (fixed, moving))
     to_lattice = np.linalg.inv(on_fixed.affine) @ like.affine
-    displacement, variance_mm2, label_maps = _predict(
+    displacement, variance_mm2, predicted = _predict(
         trained.params,
         on_fixed.image,
         on_moving.image,
@@ -61,13 +61,13 @@ def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Pr
         shape=like.array.shape,
     )
     sigma_mm = None if variance_mm2 is None else np.sqrt(variance_mm2)
-    maps = None
-    if label_maps is not None:
-        maps = tuple(
+    label_maps = None
+    if predicted is not None:
+        label_maps = tuple(
             [Volume(np.asarray(one), side.affine, volume.path) for one in np.moveaxis(array[0], -1, 0)]
-            for array, side, volume in zip(label_maps, (on_fixed, on_moving), (fixed, moving), strict=True)
+            for array, side, volume in zip(predicted, (on_fixed, on_moving), (fixed, moving), strict=True)
         )
-    return Proposal(on_moving.affine @ np.linalg.inv(on_fixed.affine), np.asarray(displacement), sigma_mm, maps)
+    return Proposal(on_moving.affine @ np.linalg.inv(on_fixed.affine), np.asarray(displacement), sigma_mm, label_maps)
 
 
 def fit_ncf(

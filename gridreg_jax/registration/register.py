@@ -244,7 +244,7 @@ def register(
     stages = PRESETS[preset]
     deformable.last_cells(fixed_working, stages, grid)  # A mistake is named before the long part.
     options = dict(similarity=similarity, grid=grid, method="grid" if method == "ncf" else method)
-    trained = displacement = sigma_mm = maps = None
+    trained = displacement = sigma_mm = label_maps = None
     if model is not None:
         # Imported here: most registrations have no network.
         from gridreg_jax.registration.network import propose
@@ -264,7 +264,7 @@ def register(
             with in_use(model):
                 proposal = propose(trained, fixed, moving, fixed_working)
             matrix, displacement, sigma_mm = proposal.matrix, proposal.displacement, proposal.sigma_mm
-            maps = proposal.maps
+            label_maps = proposal.label_maps
         elif matrix is None:
             kind = "rigid" if affine == "rigid" else "affine"
             matrix = affine_start.align(fixed_working, moving_working, mask, kind=kind)
@@ -282,7 +282,7 @@ def register(
         preset=stages,
         mask=mask,
         start=displacement,
-        maps=maps,
+        label_maps=label_maps,
         notify=notify,
         **options,
     )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gridreg_jax.models import Prediction, build
+from gridreg_jax.models import build
 from gridreg_jax.models.segmenter import Segmenter, _finer
 from gridreg_jax.training.objective import objective
 from gridreg_jax.transforms.warp import warp
@@ -82,7 +82,7 @@ def test_a_second_iteration_sees_the_warped_maps():
     fixed, moving = images()
     once, twice = (build("gridreg", iterations=iterations, **TINY) for iterations in (1, 2))
     params = random_params(once, fixed, moving, grid_size=GRID)
-    first: Prediction = once.apply(params, fixed, moving, grid_size=GRID)
+    first = once.apply(params, fixed, moving, grid_size=GRID)
     of_fixed, of_moving = (jax.nn.softmax(logits)[..., 1:] for logits in first.segmentation)
     warped = warp(jnp.concatenate([moving, of_moving], axis=-1), first.displacement)
     second = once.apply(params, jnp.concatenate([fixed, of_fixed], axis=-1), warped, GRID, method="_run")

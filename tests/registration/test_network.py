@@ -81,8 +81,8 @@ def test_the_proposal_is_the_networks_map_in_world_space(pair):
 
 def test_maps_of_labels_lie_where_the_images_do(pair):
     proposal = propose(known(labels=1), *pair, pair[0])
-    assert propose(known(), *pair, pair[0]).maps is None
-    for (told,), volume in zip(proposal.maps, pair, strict=True):
+    assert propose(known(), *pair, pair[0]).label_maps is None
+    for (told,), volume in zip(proposal.label_maps, pair, strict=True):
         on_lattice = place(volume, Lattice(SHAPE, SPACING))
         np.testing.assert_allclose(told.affine, on_lattice.affine)
         np.testing.assert_allclose(told.array, 1 / (1 + np.exp(-8 * on_lattice.image)), atol=1e-5)
@@ -103,7 +103,7 @@ def test_maps_of_labels_guide_the_deformation_where_the_images_say_nothing():
     preset = dataclasses.replace(PRESETS["fast"], stages=(Stage(1, 0, 80, 0.01),))
     options = dict(preset=preset, grid=5, start=np.zeros((*shape, 3), np.float32))
     maps = ([blob(middle, steps)], [blob(middle + shift_mm, np.full(3, 2.2))])
-    found = deform(flat, flat, np.eye(4), maps=maps, **options)[0]
+    found = deform(flat, flat, np.eye(4), label_maps=maps, **options)[0]
     dense = interpolate(jnp.asarray(found[None]), shape, method="bspline")[0]
     np.testing.assert_allclose(dense[tuple(np.array(shape) // 2)] * steps, shift_mm, atol=0.5)
     assert np.abs(deform(flat, flat, np.eye(4), **options)[0]).max() < 1e-3
