@@ -5,13 +5,17 @@ of slices in two dimensions, in the gradient above all. Sums over boxes, and wha
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float
 
 VECTOR = 8
+# Products an output sums: up to here, a sum that is written out is faster than convolutions of slices.
+WRITTEN_OUT = 128
 
 
 def conv3d(
@@ -43,52 +47,50 @@ def _native(x, kernel, stride):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _slices(x, kernel, stride):
-    """For each slice across axis 0, two-dimensional convolutions of the slices around it.
+    if kernel[..., 0].size > WRITTEN_OUT:
+        return _by_slices(x, kernel, stride, kernel.shape[0] // 2)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    padded = jnp.pad(x.astype(dtype), [(0, 0), *[(kernel.shape[0] // 2,) * 2] * 3, (0, 0)])
+    # A call of its own: XLA would compute such a sum again for each of those who use it.
+    with set_xla_metadata(inlineable="false"):
+        return _written_out(padded, kernel.astype(dtype), stride=stride).astype(x.dtype)
 
-    What one slice needs stays in the cache, and memory does not grow with the kernel.
-    """
-    return _by_slices(x, kernel, stride, kernel.shape[0] // 2)
+
+@functools.partial(jax.jit, static_argnames="stride")
+def _written_out(padded, kernel, *, stride: int):
+    """One sum of products, voxel of the kernel by voxel: XLA makes a single loop of it, over the features at once."""
+    size, total = kernel.shape[0], 0
+    for place in itertools.product(range(size), repeat=3):
+        spans = (slice(i, 1 - size + i + n, stride) for i, n in zip(place, padded.shape[1:4], strict=True))
+        seen = padded[:, *spans]
+        for channel, weights in enumerate(kernel[place]):
+            total += seen[..., channel, None] * weights
+    return total
 
 
 def _by_slices(x, kernel, stride: int, padding: int):
-    size, channels = kernel.shape[0], x.shape[-1]
+    """Two-dimensional convolutions of all slices across axis 0, one for each slice of the kernel."""
+    size, channels, features = kernel.shape[0], *kernel.shape[3:]
+    if channels % VECTOR:
+        # XLA gathers and multiplies what a kernel sees in two thirds of the time if the channels come in eights.
+        spare = [(0, -channels % VECTOR)]
+        x, kernel = jnp.pad(x, [(0, 0)] * 4 + spare), jnp.pad(kernel, [(0, 0)] * 3 + spare + [(0, 0)])
+    count = -(-(x.shape[1] + 2 * padding - size + 1) // stride)
 
     def convolve(slices, kernel):
         return jax.lax.conv_general_dilated(
             slices, kernel, (stride,) * 2, [(padding,) * 2] * 2, dimension_numbers=("NYZC", "YZIO", "NYZC")
         )
 
-    # XLA takes two thirds of the time to gather and multiply what a kernel sees if the channels come in eights.
-    near, count = _near_slices(x, size, stride, padding)
-    if channels % VECTOR == 0:
-
-        def one(index):
-            parts = jnp.split(near(index), size, axis=1)
-            return sum(convolve(part[:, 0], kernel[i]) for i, part in enumerate(parts))
-    else:
-        spare = -size * channels % VECTOR
-        flat = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
-        flat = jnp.pad(flat, [(0, 0), (0, 0), (0, spare), (0, 0)])
-
-        def one(index):
-            return convolve(jnp.pad(_side_by_side(near(index)), [(0, 0)] * 3 + [(0, spare)]), flat)
-
-    return jnp.moveaxis(jax.lax.map(one, jnp.arange(count)), 0, 1)
+    total = sum(map(convolve, _seen_by(x, size, stride, padding, count), kernel))
+    return total.reshape(len(x), count, *total.shape[1:3], features)
 
 
-def _near_slices(x, size: int, stride: int, padding: int):
-    """From an index along axis 0 to the `size` slices that it sees `[N, size, Y, Z, C]`; and how many there are."""
+def _seen_by(x, size: int, stride: int, padding: int, count: int):
+    """For every slice of a kernel, the slices that it sees for `count` outputs along axis 0, `[N count, Y, Z, C]`."""
     padded = jnp.pad(x, [(0, 0), (padding, padding)] + [(0, 0)] * 3)
-
-    def near(index):
-        return jax.lax.dynamic_slice_in_dim(padded, stride * index, size, axis=1)
-
-    return near, (padded.shape[1] - size) // stride + 1
-
-
-def _side_by_side(slices):
-    """`[N, k, Y, Z, C]` to `[N, Y, Z, k C]`."""
-    return jnp.moveaxis(slices, 1, 3).reshape(len(slices), *slices.shape[2:4], -1)
+    for first in range(size):
+        yield padded[:, first : first + stride * (count - 1) + 1 : stride].reshape(-1, *x.shape[2:])
 
 
 def _slices_forward(x, kernel, stride):
@@ -105,25 +107,20 @@ def _slices_backward(stride, residuals, gradient):
 
 
 def _gradient_of_kernel(x, gradient, size: int, stride: int):
-    """One product a slice: what its outputs saw, all of it side by side, times their gradient."""
-    padding = size // 2
-    near, count = _near_slices(x, size, stride, padding)
-    shape = gradient.shape[2:4]
+    """Two-dimensional convolutions again: of what a slice of the kernel saw, by the gradient as a (dilated) kernel.
 
-    def add(total, index):
-        around = jnp.pad(_side_by_side(near(index)), [(0, 0), *[(padding, padding)] * 2, (0, 0)])
-        slopes = jax.lax.dynamic_index_in_dim(gradient, index, axis=1, keepdims=False)
-        seen = [
-            around[:, j : j + stride * (shape[0] - 1) + 1 : stride, k : k + stride * (shape[1] - 1) + 1 : stride]
-            for j in range(size)
-            for k in range(size)
-        ]
-        # In this order: of the two, the product transposes the first, and that is the smaller.
-        return total + jnp.einsum("nyzd,nyzc->dc", slopes, jnp.concatenate(seen, axis=-1)), None
+    A channel takes the part of a case and a slice that of a channel, so that the sum over the slices is in it.
+    """
+    padding, (count, *shape) = size // 2, gradient.shape[1:4]
+    slopes = gradient.reshape(-1, *gradient.shape[2:])
+    borders = [(padding, stride * (n - 1) + size - padding - m) for n, m in zip(shape, x.shape[2:4], strict=True)]
 
-    channels, features = x.shape[-1], gradient.shape[-1]
-    total, _ = jax.lax.scan(add, jnp.zeros((features, size**3 * channels), gradient.dtype), jnp.arange(count))
-    return jnp.moveaxis(total.T.reshape(size, size, size, channels, features), 2, 0)
+    def correlate(seen):
+        return jax.lax.conv_general_dilated(
+            seen, slopes, (1, 1), borders, rhs_dilation=(stride,) * 2, dimension_numbers=("CYZN", "IYZO", "YZNC")
+        )
+
+    return jnp.stack([correlate(seen) for seen in _seen_by(x, size, stride, padding, count)])
 
 
 def _gradient_of_strided(gradient, kernel, shape):

@@ -15,7 +15,7 @@ from scipy import ndimage
 from gridreg_jax import metrics
 from gridreg_jax.data.pipeline import Dataset
 from gridreg_jax.instance import refine
-from gridreg_jax.programs import stored
+from gridreg_jax.programs import compiler_options, stored
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import warp, warp_labels
 
@@ -52,7 +52,7 @@ def make_predict(model: nn.Module, *, refinement: dict | None = None) -> Callabl
     def predict(params, batch: dict[str, jax.Array], grid_size: GridSize) -> dict[str, jax.Array]:
         return _predict(params, batch, model=model, grid_size=grid_size, refinement=options)
 
-    return jax.jit(predict, static_argnums=(2,))
+    return jax.jit(predict, static_argnums=(2,), compiler_options=compiler_options())
 
 
 @functools.partial(stored, static_argnames=("model", "grid_size", "refinement"))

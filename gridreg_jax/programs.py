@@ -16,6 +16,32 @@ from gridreg_jax.files import replacing
 # Of each function that a process holds at a time. On Linux a program for the CPU takes hundreds of the 65 530 mappings
 # that a process may have, and the compiler dies without.
 PROGRAMS = 32
+# For the CPU. XLA would order what it runs for more cores than most computers have, at the cost of a third more memory;
+# where vectors of 512 bits exist it takes half of them; and of its libraries, the one that is meant for convolutions
+# uses one core, where the one that it would take otherwise uses all.
+OPTIONS = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_cpu_prefer_vector_width": 512,
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+}
+
+
+@functools.cache
+def compiler_options() -> dict[str, str | int]:
+    """What XLA is told about training steps and predictions on this platform: of `OPTIONS`, those that it knows."""
+    if jax.default_backend() != "cpu":
+        return {}
+    return {name: value for name, value in OPTIONS.items() if _is_known({name: value})}
+
+
+def _is_known(option: dict[str, str | int]) -> bool:
+    try:
+        jax.jit(lambda: 0, compiler_options=option).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):  # they come and go with XLA's versions
+            raise
+        return False
+    return True
 
 
 def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Callable:

@@ -97,3 +97,11 @@ def test_where_nothing_can_be_written_it_runs_all_the_same_and_says_so(program_c
     (program_cache / "programs").write_text("in the way")
     with pytest.warns(UserWarning, match="programs: cannot be written .*: later starts take longer"):
         np.testing.assert_allclose(make()[0](*arguments(), power=2)["sum"], [0.5, 1.5, 4.5])
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the CPU's options")
+def test_only_options_that_xla_knows_are_given(monkeypatch):
+    known = programs.compiler_options()
+    monkeypatch.setattr(programs, "OPTIONS", {**programs.OPTIONS, "xla_cpu_of_another_version": 1})
+    assert known == programs.compiler_options.__wrapped__() == {name: programs.OPTIONS[name] for name in known}
+    assert known

@@ -20,7 +20,7 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.measure import GridSize, candidates
 from gridreg_jax.memory import return_freed_memory
 from gridreg_jax.models import Prediction, build
-from gridreg_jax.programs import stored
+from gridreg_jax.programs import compiler_options, stored
 from gridreg_jax.training.objective import objective
 from gridreg_jax.training.optimizer import build_optimizer
 
@@ -224,13 +224,13 @@ def compile_steps(
     Raises:
       InputError: more memory than there is.
     """
-    change, changed, before = None, batch, 0
+    change, changed, before, options = None, batch, 0, compiler_options()
     if step.change:
-        change = _compiled(step.change.lower(state.step, batch))
+        change = step.change.lower(state.step, batch).compile(options)
         changed = change(state.step, batch)
         before = sum(array.nbytes for array in batch.values()) // jax.device_count()  # is kept beside what comes of it
     # One after the other: XLA uses all cores for one program, and takes more than a gigabyte while it does.
-    updates = {grid_size: _compiled(step.update.lower(state, changed, grid_size)) for grid_size in grid_sizes}
+    updates = {grid_size: step.update.lower(state, changed, grid_size).compile(options) for grid_size in grid_sizes}
     del changed
     # What tracing and compiling leave behind, 100 MiB and more, would add to what the steps take.
     jax.clear_caches()
@@ -254,18 +254,6 @@ def compile_steps(
         return lambda state, batch: update(state, change(state.step, batch))
 
     return {grid_size: changed_first(update) for grid_size, update in updates.items()}, needed
-
-
-def _compiled(lowered):
-    if jax.default_backend() != "cpu":
-        return lowered.compile()
-    try:
-        # XLA would order what it runs for more cores than most computers have, at the cost of a third more memory.
-        return lowered.compile({"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"})
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):  # such options come and go with XLA's versions
-            raise
-        return lowered.compile()
 
 
 def bytes_needed(program) -> int:

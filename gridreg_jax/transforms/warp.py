@@ -93,10 +93,10 @@ def warp_by_grid(
     *,
     method: str = "trilinear",
 ) -> list[Float[Array, "N x y z"]]:
-    """Each volume warped by `interpolate(control_grid, shape)`, without a dense displacement where that pays.
+    """Each volume warped by `interpolate(control_grid, shape)`, whose gradient needs no dense displacement.
 
-    On the CPU, slab by slab across axis 0, forwards and for the gradient: what a slab needs stays in the cache, and the
-    memory for displacements, weights and their gradients is that of a slab.
+    On the CPU the gradient is computed slab by slab across axis 0: what a slab needs stays in the cache, and the memory
+    for displacements, weights and their gradients is that of a slab.
 
     Args:
       volumes: what is sampled (moving images, maps of labels), on one lattice.
@@ -112,27 +112,24 @@ def warp_by_grid(
     return jax.lax.platform_dependent(
         control_grid,
         *volumes,
-        cpu=functools.partial(_warp_slabs, shape, method),
+        cpu=functools.partial(_warp_on_cpu, shape, method),
         default=functools.partial(_warp_densely, shape, method),
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _warp_slabs(shape, method, control_grid, *volumes):
-    """Warped volumes `[N, X, Y, Z]`."""
-    slabs, coordinates, _ = _slabs(shape, method, control_grid, len(volumes[0]))
-
-    def one(slab):
-        return [_trilinear(volume, coordinates(control_grid, slab)) for volume in volumes]
-
-    return [jnp.moveaxis(warped, 0, 1).reshape(-1, *shape) for warped in jax.lax.map(one, slabs)]
+def _warp_densely(shape, method, control_grid, *volumes):
+    displacement = interpolate(control_grid, shape, method=method)
+    return [warp(volume[..., None], displacement)[..., 0] for volume in volumes]
 
 
-def _warp_slabs_forward(shape, method, control_grid, *volumes):
-    return _warp_slabs(shape, method, control_grid, *volumes), (control_grid, volumes)
+_warp_on_cpu = jax.custom_vjp(_warp_densely, nondiff_argnums=(0, 1))
 
 
-def _warp_slabs_backward(shape, method, residuals, gradients):
+def _warp_forward(shape, method, control_grid, *volumes):
+    return _warp_densely(shape, method, control_grid, *volumes), (control_grid, volumes)
+
+
+def _warp_backward(shape, method, residuals, gradients):
     control_grid, volumes = residuals
     slabs, coordinates, split = _slabs(shape, method, control_grid, len(volumes[0]))
 
@@ -149,12 +146,7 @@ def _warp_slabs_backward(shape, method, residuals, gradients):
     return d_control_grid, *d_volumes
 
 
-_warp_slabs.defvjp(_warp_slabs_forward, _warp_slabs_backward)
-
-
-def _warp_densely(shape, method, control_grid, *volumes):
-    displacement = interpolate(control_grid, shape, method=method)
-    return [warp(volume[..., None], displacement)[..., 0] for volume in volumes]
+_warp_on_cpu.defvjp(_warp_forward, _warp_backward)
 
 
 def _slabs(shape, method, control_grid, cases: int):
