@@ -20,6 +20,7 @@ from jax.scipy.ndimage import map_coordinates
 from benchmarks.versus_torch import cpu_model
 from gridreg_jax import conv, losses
 from gridreg_jax.attention import window_attention
+from gridreg_jax.programs import compiler_options
 from gridreg_jax.transforms import bspline
 from gridreg_jax.transforms.interpolation import axis_weights, interpolate
 from gridreg_jax.transforms.warp import warp
@@ -151,7 +152,7 @@ def main() -> None:
     for name, (fast, plain, arguments, of) in cases(tuple(options.shape)).items():
         row = rows[name] = {}
         for kind, wrap in (("forward", lambda f, of: f), ("gradient", gradient)):
-            pair = [jax.jit(wrap(function, of)) for function in (fast, plain)]
+            pair = [jax.jit(wrap(function, of), compiler_options=compiler_options()) for function in (fast, plain)]
             row[f"{kind}_difference"] = difference(*(function(*arguments) for function in pair))
             times = ([], [])
             for _ in range(options.repeats):

@@ -28,20 +28,33 @@ OPTIONS = {
 
 @functools.cache
 def compiler_options() -> dict[str, str | int]:
-    """What XLA is told about training steps and predictions on this platform: of `OPTIONS`, those that it knows."""
+    """What XLA is told about this library's programs on the present platform: of `OPTIONS`, those that it knows."""
     if jax.default_backend() != "cpu":
         return {}
-    return {name: value for name, value in OPTIONS.items() if _is_known({name: value})}
+    if _are_known(OPTIONS):
+        return OPTIONS
+    return {name: value for name, value in OPTIONS.items() if _are_known({name: value})}
 
 
-def _is_known(option: dict[str, str | int]) -> bool:
+def _are_known(options: dict[str, str | int]) -> bool:
     try:
-        jax.jit(lambda: 0, compiler_options=option).lower().compile()
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):  # they come and go with XLA's versions
+        if "INVALID_ARGUMENT" not in str(error):  # options and their values come and go with XLA's versions
             raise
         return False
     return True
+
+
+class _Program:
+    """A function of arguments of certain shapes, and the same compiled, once it is asked for."""
+
+    def __init__(self, function: Callable, shapes):
+        self.function, self._shapes = function, shapes
+
+    @functools.cached_property
+    def compiled(self) -> Callable:
+        return self.function.lower(*self._shapes).compile(compiler_options())
 
 
 def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Callable:
@@ -53,7 +66,8 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Call
     `runs_foreign_code`, whose changes nobody would see, nothing is kept.
 
     What is returned has a function `load` of the same arguments (shapes and types will do: `jax.ShapeDtypeStruct`), by
-    which another thread has a program ready before it is called.
+    which another thread has a program ready before it is called. Within another function that is traced, it is traced
+    as a part of that.
 
     Args:
       function: of arrays and numbers (or trees of them), and of keyword arguments.
@@ -62,28 +76,33 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Call
     jitted = jax.jit(function, static_argnames=static_argnames)
 
     @functools.lru_cache(PROGRAMS)
-    def program(folder, settings, structure, types, static) -> Callable:
+    def program(folder, settings, structure, types, static) -> _Program:
         name = f"{function.__name__}_{_digest(function, settings, structure, types, static)}"
-        path = Path(folder) / "programs" / name
-        return _restored(path) or _kept(path, jitted, jax.tree.unflatten(structure, types), dict(static))
+        path, shapes = Path(folder) / "programs" / name, jax.tree.unflatten(structure, types)
+        return _Program(_restored(path) or _kept(path, jitted, shapes, dict(static)), shapes)
 
-    def found(arguments, static) -> tuple[Callable, dict]:
-        """What to call with the arguments, and with which static ones."""
+    def found(arguments, static) -> _Program | None:
         folder = jax.config.jax_compilation_cache_dir
         if not folder or any(getattr(value, "runs_foreign_code", False) for value in static.values()):
-            return jitted, static
+            return None
         settings = repr(sorted(jax.config.values.items()))  # precision and the like; more than tracing looks at
         leaves, structure = jax.tree.flatten(arguments)
-        return program(folder, settings, structure, tuple(map(_type, leaves)), tuple(sorted(static.items()))), {}
+        return program(folder, settings, structure, tuple(map(_type, leaves)), tuple(sorted(static.items())))
 
     @functools.wraps(function)
     def call(*arguments, **static):
-        run, static = found(arguments, static)
-        return run(*arguments, **static)
+        kept = found(arguments, static)
+        if kept is None:
+            return jitted(*arguments, **static)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+        return (kept.function if traced else kept.compiled)(*arguments)
 
     def load(*arguments, **static) -> None:
-        run, static = found(arguments, static)
-        run.lower(*jax.tree.map(_type, arguments), **static).compile()
+        kept = found(arguments, static)
+        if kept is None:
+            jitted.lower(*jax.tree.map(_type, arguments), **static).compile()
+        else:
+            _ = kept.compiled
 
     call.load = load
     return call

@@ -100,8 +100,17 @@ def test_where_nothing_can_be_written_it_runs_all_the_same_and_says_so(program_c
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the CPU's options")
-def test_only_options_that_xla_knows_are_given(monkeypatch):
-    known = programs.compiler_options()
-    monkeypatch.setattr(programs, "OPTIONS", {**programs.OPTIONS, "xla_cpu_of_another_version": 1})
-    assert known == programs.compiler_options.__wrapped__() == {name: programs.OPTIONS[name] for name in known}
+@pytest.mark.parametrize("unknown", [{"xla_cpu_of_another_version": 1}, {"xla_cpu_scheduler_type": "ANOTHER"}])
+def test_only_options_that_xla_knows_are_given(monkeypatch, unknown):
+    known = {name: value for name, value in programs.compiler_options().items() if name not in unknown}
     assert known
+    monkeypatch.setattr(programs, "OPTIONS", {**programs.OPTIONS, **unknown})
+    assert programs.compiler_options.__wrapped__() == known
+
+
+def test_a_program_that_was_loaded_is_not_compiled_again(program_cache, monkeypatch):
+    function, _ = make()
+    function.load(*arguments(), power=2)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", None)
+    found = function(*arguments(), power=2)
+    np.testing.assert_allclose(found["sum"], [0.5, 1.5, 4.5])
