@@ -48,8 +48,7 @@ def instance_norm(x: Float[Array, "N X Y Z C"], *, epsilon: float = 1e-5) -> Flo
     """Zero mean and unit variance of every channel of every sample over its voxels, no parameters; in the type of x."""
     values = x.astype(jnp.float32)
     mean = values.mean(axis=(1, 2, 3), keepdims=True)
-    # Both sums in one pass: this way the differences from the mean are not written and read before they are squared.
-    variance = jnp.maximum(jnp.square(values).mean(axis=(1, 2, 3), keepdims=True) - jnp.square(mean), 0)
+    variance = jnp.square(values - mean).mean(axis=(1, 2, 3), keepdims=True)
     return ((values - mean) * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
 
 

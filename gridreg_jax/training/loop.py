@@ -81,6 +81,8 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
     # What is evaluated later is validated: a grid that folds, or is too coarse, without it may be the best one with it.
     predict = make_predict(run.model, refinement=config["refinement"])
 
+    if not workdir.exists():
+        run.state_shapes(replicated())  # an impossible model leaves no folder behind
     workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(workdir) as checkpoints, _stop_requested() as stopped:
         start, state, chosen = _initial_state(run, config, checkpoints, notify)
