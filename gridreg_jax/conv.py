@@ -69,7 +69,7 @@ def _written_out(padded, kernel, *, stride: int):
 
 
 def _by_slices(x, kernel, stride: int, padding: int):
-    """Two-dimensional convolutions of all slices across axis 0, one for each slice of the kernel."""
+    """Two-dimensional convolutions of all slices across axis 0, for each slice of the kernel; then their sums."""
     size, channels, features = kernel.shape[0], *kernel.shape[3:]
     if channels % VECTOR:
         # XLA gathers and multiplies what a kernel sees in two thirds of the time if the channels come in eights.
@@ -82,6 +82,13 @@ def _by_slices(x, kernel, stride: int, padding: int):
             slices, kernel, (stride,) * 2, [(padding,) * 2] * 2, dimension_numbers=("NYZC", "YZIO", "NYZC")
         )
 
+    if stride == 1 and features <= VECTOR:
+        # What one slice gives to several outputs, at once: what it sees is gathered once, and a product of few features
+        # takes as long as one of many.
+        given = convolve(x.reshape(-1, *x.shape[2:]), jnp.moveaxis(kernel, 0, 3).reshape(size, size, x.shape[-1], -1))
+        given = given.reshape(*x.shape[:2], *given.shape[1:3], size, features)
+        given = jnp.pad(given, [(0, 0), (padding, padding)] + [(0, 0)] * 4)
+        return sum(given[:, first : first + count, ..., first, :] for first in range(size))
     total = sum(map(convolve, _seen_by(x, size, stride, padding, count), kernel))
     return total.reshape(len(x), count, *total.shape[1:3], features)
 

@@ -12,8 +12,8 @@ from gridreg_jax import conv
 FORMULATIONS = {"slices": jax.jit(conv._slices, static_argnums=2), "native": jax.jit(conv._native, static_argnums=2)}
 each_formulation = pytest.mark.parametrize("formulation", FORMULATIONS.values(), ids=FORMULATIONS)
 each_stride = pytest.mark.parametrize("stride", [1, 2])
-# On the CPU: a sum that is written out, slices side by side, slices one by one.
-each_channels = pytest.mark.parametrize("channels", [3, 5, 8])
+# On the CPU: a sum that is written out; few features; channels that are filled up; neither.
+each_width = pytest.mark.parametrize(("channels", "features"), [(3, 4), (8, 4), (5, 9), (8, 9)])
 
 
 def random_input(shape=(7, 6, 9), channels=3):
@@ -48,21 +48,21 @@ def test_one_channel_is_scipys_correlation(formulation, stride, size):
 
 @each_formulation
 @each_stride
-@each_channels
+@each_width
 @pytest.mark.parametrize("shape", [(8, 6, 4), (7, 5, 9), (1, 2, 3)])
-def test_values_and_output_size_for_even_odd_and_tiny_inputs(formulation, stride, channels, shape):
-    x, kernel = random_input(shape, channels), random_kernel(channels=channels)
+def test_values_and_output_size_for_even_odd_and_tiny_inputs(formulation, stride, channels, features, shape):
+    x, kernel = random_input(shape, channels), random_kernel(channels=channels, features=features)
     found = formulation(x, kernel, stride)
-    assert found.shape == (2, *(-(-n // stride) for n in shape), 4)
+    assert found.shape == (2, *(-(-n // stride) for n in shape), features)
     np.testing.assert_allclose(found, reference(x, kernel, stride), rtol=1e-5, atol=1e-5)
 
 
 @each_formulation
 @each_stride
-@each_channels
+@each_width
 @pytest.mark.parametrize("argument", [0, 1], ids=["input", "kernel"])
-def test_gradients(formulation, stride, channels, argument):
-    x, kernel = random_input(channels=channels), random_kernel(channels=channels)
+def test_gradients(formulation, stride, channels, features, argument):
+    x, kernel = random_input(channels=channels), random_kernel(channels=channels, features=features)
     weights = np.random.default_rng(2).normal(size=reference(x, kernel, stride).shape).astype(np.float32)
 
     def gradient(function):
