@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float
 
+# Channels that XLA's two-dimensional convolution takes at a time.
 VECTOR = 8
 # Products an output sums: up to here, a sum that is written out is faster than convolutions of slices.
 WRITTEN_OUT = 128
@@ -47,6 +48,7 @@ def _native(x, kernel, stride):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _slices(x, kernel, stride):
+    """By slices, or written out where that is faster."""
     if kernel[..., 0].size > WRITTEN_OUT:
         return _by_slices(x, kernel, stride, kernel.shape[0] // 2)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
