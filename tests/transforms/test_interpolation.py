@@ -12,8 +12,8 @@ METHODS = tuple(INTERPOLATORS)
 GRID_SIZE, SHAPE = (5, 6, 4), (11, 9, 8)
 
 
-def random_grid(channels=3, seed=0):
-    return np.random.default_rng(seed).normal(size=(2, *GRID_SIZE, channels)).astype(np.float32)
+def random_grid(channels=3, seed=0, grid_size=GRID_SIZE):
+    return np.random.default_rng(seed).normal(size=(2, *grid_size, channels)).astype(np.float32)
 
 
 def scipy_basis(grid_size, positions, derivative=0):
@@ -30,9 +30,10 @@ def test_bspline_weights_agree_with_scipy(grid_size, derivative):
     np.testing.assert_allclose(ours, scipy_basis(grid_size, positions, derivative), rtol=1e-9, atol=1e-9)
 
 
-def test_dense_bspline_agrees_with_scipy():
-    control_grid = random_grid()
-    bases = [scipy_basis(g, np.linspace(0, 1, size)) for g, size in zip(GRID_SIZE, SHAPE, strict=True)]
+@pytest.mark.parametrize("grid_size", [GRID_SIZE, (5, 6, interpolation.JOINED)])
+def test_dense_bspline_agrees_with_scipy(grid_size):
+    control_grid = random_grid(grid_size=grid_size)
+    bases = [scipy_basis(g, np.linspace(0, 1, size)) for g, size in zip(grid_size, SHAPE, strict=True)]
     expected = np.einsum("xi,yj,zk,nijkc->nxyzc", *bases, control_grid.astype(np.float64))
     dense = interpolation.interpolate(jnp.asarray(control_grid), SHAPE, method="bspline")
     assert dense.dtype == jnp.float32
