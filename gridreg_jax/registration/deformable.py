@@ -7,6 +7,7 @@ each of them. So control grids of all stages span one box, and go from lattice t
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -255,11 +256,12 @@ def on_lattice(
     if mask is not None:
         known &= resample(mask, affine, shape, labels=True) != 0
     of_fixed, of_moving = label_maps or ((), ())
-    images = (
-        [resample(volume, affine, shape) for volume in (fixed, *of_fixed)],
-        [resample(volume, matrix @ wide_affine, wide) for volume in (moving, *of_moving)],
-    )
-    return *(np.stack(channels, axis=-1)[None] for channels in images), known[None]
+    with ThreadPoolExecutor(2) as pool:  # SciPy lets go of the interpreter.
+        images = (
+            pool.map(lambda volume: resample(volume, affine, shape), (fixed, *of_fixed)),
+            pool.map(lambda volume: resample(volume, matrix @ wide_affine, wide), (moving, *of_moving)),
+        )
+        return *(np.stack(tuple(channels), axis=-1)[None] for channels in images), known[None]
 
 
 def _extended(fixed: Volume, shape: tuple[int, int, int], margin: int):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,8 @@ def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Pr
     """
     data = trained.config["data"]
     lattice = Lattice(data["shape"], data["spacing"], data["center"])
-    on_fixed, on_moving = (place(volume, lattice) for volume in (fixed, moving))
+    with ThreadPoolExecutor(2) as pool:
+        on_fixed, on_moving = pool.map(lambda volume: place(volume, lattice), (fixed, moving))
     to_lattice = np.linalg.inv(on_fixed.affine) @ like.affine
     displacement, variance_mm2, predicted = _predict(
         trained.params,

@@ -116,28 +116,32 @@ def certify(
     cell_counts = tuple(g - degree for g in control_grid.shape[:3])
     control_grid = control_grid * (np.array(cell_counts) / (np.array(shape) - 1))  # in cells
 
-    count = math.prod(cell_counts)
-    dominance = np.empty(count)
-    for start in range(0, count, CHUNK):
-        cells = np.arange(start, min(start + CHUNK, count))
-        dominance[cells] = _dominance(*_slopes(control_grid, np.unravel_index(cells, cell_counts), degree), degree)
     size, euclidean = _size(control_grid) if method == "bspline" else (-np.inf, False)
-    bounds = np.maximum(dominance, size)
-    # The costly test begins where the others prove least, and ends where they prove more than what holds everywhere.
-    order, lowest, bernstein, folds = np.argsort(bounds, kind="stable"), np.inf, np.inf, False
-    for start in range(0, count, CHUNK):
-        cells = order[start : start + CHUNK]
-        if bounds[cells[0]] >= lowest:
-            break
-        found, surely = _bernstein_bounds(*_slopes(control_grid, np.unravel_index(cells, cell_counts), degree), degree)
-        bounds[cells] = np.maximum(bounds[cells], found)
-        lowest, bernstein = min(lowest, bounds[cells].min()), min(bernstein, found.min())
-        folds |= bool(surely.any())
+    bounds = np.empty((cell_counts[0], math.prod(cell_counts[1:])))
+    dominance, bernstein, lowest, folds = np.inf, np.inf, np.inf, False
+    nodes = 3 * degree
+    workspace = np.empty((3, 3, CHUNK, nodes, nodes, nodes))
+    for layer, of_layer in enumerate(bounds):
+        slopes, margin = _slopes(control_grid, layer, degree)
+        dominant = _dominance(slopes, margin)
+        dominance = min(dominance, dominant.min())
+        of_layer[:] = np.maximum(dominant, size)
+        # The costly test begins where the others prove least, and ends where they prove more than what holds so far.
+        order = np.argsort(of_layer, kind="stable")
+        for cells in np.split(order, range(CHUNK, len(order), CHUNK)):
+            if of_layer[cells[0]] >= lowest:
+                break
+            of_cells = [part.take(cells, axis=1) for part in slopes]
+            found, surely = _bernstein_bounds(of_cells, margin[cells], degree, workspace[:, :, : len(cells)])
+            of_layer[cells] = np.maximum(of_layer[cells], found)
+            lowest, bernstein = min(lowest, of_layer[cells].min()), min(bernstein, found.min())
+            folds |= bool(surely.any())
+    bounds = bounds.ravel()
     failed = np.flatnonzero(bounds <= 0)
     failed = failed[np.argsort(bounds[failed], kind="stable")]
     passed = {
         "size": size > 0,
-        "dominance": dominance.min() > 0,
+        "dominance": dominance > 0,
         "Bernstein": bernstein > 0,
         "Euclidean size": euclidean,
     }
@@ -181,20 +185,33 @@ def _size(control_grid: Float64[np.ndarray, "gx gy gz 3"]) -> tuple[float, bool]
     return bound, bool(np.linalg.norm(coefficients, axis=1).max() < 2 / 3)
 
 
-def _slopes(control_grid: Float64[np.ndarray, "gx gy gz 3"], cells: Sequence[np.ndarray], degree: int):
-    """Bernstein coefficients of the derivatives of u on each cell, and the variation of its control values there.
+def _slopes(control_grid: Float64[np.ndarray, "gx gy gz 3"], layer: int, degree: int):
+    """Bernstein coefficients of the derivatives of u on each cell of a layer across the first axis.
 
     Returns:
-      For each axis the derivatives along it, [component, cell, coefficient, coefficient, coefficient]; [cell].
+      For each axis the derivatives along it, [component, cell, coefficient, coefficient, coefficient].
+      What rounding can do to a bound of the determinant, for each cell. With rows of absolute sum r, no sum of products
+      of three entries exceeds r^3. The entries at the nodes, their products and the products with the inverse err by
+      less than 200 unit roundings of that, times what the inverse can make of an error; extraction errs relative to the
+      largest difference of neighbouring control values, and is multiplied by less.
     """
-    windows = np.lib.stride_tricks.sliding_window_view(control_grid, (degree + 1,) * 3, axis=(0, 1, 2))[cells]
-    windows = windows - windows[..., :1, :1, :1]  # A translation costs no digits.
-    variation = np.abs(windows).max(axis=(1, 2, 3, 4))
-    for axis, cell in enumerate(cells):
-        matrices = _extraction(control_grid.shape[axis], degree)[cell]
-        windows = np.einsum("nai,ncijk->ncjka", matrices, windows)
-    components = np.moveaxis(windows, 1, 0)
-    return [degree * np.diff(components, axis=axis + 2) for axis in range(3)], variation
+    window, slopes, largest = control_grid[layer : layer + degree + 1], [], 0.0
+    for axis in range(3):
+        part = np.diff(window, axis=axis)
+        largest = max(largest, np.abs(part).max())
+        for other, g in enumerate(control_grid.shape[:3]):
+            matrices, rest = _extraction(g, degree, other == axis), part.shape[1:]
+            if other == 0:
+                matrices = matrices[layer : layer + 1]
+            windows = np.lib.stride_tricks.sliding_window_view(part.reshape(len(part), -1), matrices.shape[2], axis=0)
+            part = (matrices @ windows.swapaxes(1, 2)).reshape(*matrices.shape[:2], *rest)
+            part = np.moveaxis(part, (0, 1), (-2, -1))  # The axis that comes next is the first one now.
+        # Axes: component; then a cell's, and that of its coefficients, for each axis.
+        part = part.transpose(0, 1, 3, 5, 2, 4, 6)
+        slopes.append(part.reshape(3, -1, *part.shape[4:]))
+    rows = 1 + _reach(slopes).sum(axis=0).max(axis=0)
+    amplification = np.abs(_basis(3 * degree - 1)[1]).sum(axis=1).max() ** 3
+    return slopes, 200 * np.finfo(float).eps * amplification * rows**2 * (rows + largest)
 
 
 def _reach(slopes: Sequence[np.ndarray]) -> Float64[np.ndarray, "axis component K"]:
@@ -202,39 +219,29 @@ def _reach(slopes: Sequence[np.ndarray]) -> Float64[np.ndarray, "axis component 
     return np.stack([np.abs(part).max(axis=(2, 3, 4)) for part in slopes])
 
 
-def _margin(slopes: Sequence[np.ndarray], variation: Float64[np.ndarray, " K"], degree: int):
-    """What rounding can do to a bound, for each cell.
-
-    With rows of absolute sum r, no sum of products of three entries exceeds r^3. The entries at the nodes, their
-    products and the three matrix products err by less than 200 unit roundings of that, times what the inverse can
-    make of an error; extraction errs relative to the variation, and is multiplied by less.
-    """
-    rows = 1 + _reach(slopes).sum(axis=0).max(axis=0)
-    amplification = np.abs(_basis(3 * degree - 1)[1]).sum(axis=1).max() ** 3
-    return 200 * np.finfo(float).eps * amplification * rows**2 * (rows + variation)
-
-
-def _dominance(slopes: Sequence[np.ndarray], variation: Float64[np.ndarray, " K"], degree: int):
+def _dominance(slopes: Sequence[np.ndarray], margin: Float64[np.ndarray, " K"]) -> Float64[np.ndarray, " K"]:
     """The bound of each cell's determinant by dominance, else -inf."""
-    reach, excess = _reach(slopes), 1 - _margin(slopes, variation, degree)[None]
+    reach, excess = _reach(slopes), 1 - margin[None]
     for axis, part in enumerate(slopes):
         own = np.arange(3)[:, None] == axis
         excess = excess - np.where(own, -part.min(axis=(2, 3, 4)), reach[axis])
     return np.where(excess.min(axis=0) > 0, excess.prod(axis=0), -np.inf)
 
 
-def _bernstein_bounds(slopes: Sequence[np.ndarray], variation: Float64[np.ndarray, " K"], degree: int):
-    """The bound of each cell's determinant by its Bernstein coefficients, and whether it surely folds."""
-    jacobian, inverse = [], _basis(3 * degree - 1)[1]
+def _bernstein_bounds(slopes: Sequence[np.ndarray], margin: Float64[np.ndarray, " K"], degree: int, jacobian):
+    """The bound of each cell's determinant by its Bernstein coefficients, and whether it surely folds.
+
+    Args:
+      jacobian: [axis, component, cell, node, node, node], overwritten; new memory each time would cost as much again.
+    """
+    inverse = _basis(3 * degree - 1)[1]
     for axis, part in enumerate(slopes):
-        # jacobian[axis] holds a column of the matrix at the nodes: [component, cell, node, node, node].
         degrees = [degree - (other == axis) for other in range(3)]
-        column = _contract(part.reshape(-1, *part.shape[2:]), [_values(d, 3 * degree - 1) for d in degrees])
-        jacobian.append(column.reshape(3, -1, *column.shape[1:]))
-        jacobian[axis][axis] += 1
+        _contract(part, [_values(d, 3 * degree - 1) for d in degrees], out=jacobian[axis])
+        jacobian[axis, axis] += 1
     (xx, yx, zx), (xy, yy, zy), (xz, yz, zz) = jacobian
     determinant = xx * (yy * zz - yz * zy) - xy * (yx * zz - yz * zx) + xz * (yx * zy - yy * zx)
-    return _subdivide(_contract(determinant, [inverse] * 3), _margin(slopes, variation, degree))
+    return _subdivide(_contract(determinant, [inverse] * 3), margin)
 
 
 def _subdivide(boxes: Float64[np.ndarray, "K n n n"], margin: Float64[np.ndarray, " K"]):
@@ -259,11 +266,13 @@ def _subdivide(boxes: Float64[np.ndarray, "K n n n"], margin: Float64[np.ndarray
     return lowest, folds
 
 
-def _contract(values: Float64[np.ndarray, "K _ _ _"], matrices: Sequence[np.ndarray]) -> Float64[np.ndarray, "K _ _ _"]:
-    """One matrix an axis, applied to axes 1, 2, 3: each product moves the axis it is for to the end."""
-    for matrix in matrices:
-        values = np.tensordot(values, matrix, (1, 1))
-    return values
+def _contract(values: Float64[np.ndarray, "*K _ _ _"], matrices: Sequence[np.ndarray], out=None):
+    """One matrix for each of the last three axes; the last two are one, as products of few numbers are slow."""
+    first, second, third = matrices
+    shape = *values.shape[:-3], len(first), -1
+    values = first @ values.reshape(*values.shape[:-2], -1)
+    out = None if out is None else out.reshape(shape)
+    return np.matmul(values, np.kron(second, third).T, out=out).reshape(*shape[:-1], len(second), len(third))
 
 
 @functools.lru_cache
@@ -292,11 +301,15 @@ def _left_half(degree: int) -> Float64[np.ndarray, "n n"]:
 
 
 @functools.lru_cache
-def _extraction(grid_size: int, degree: int) -> Float64[np.ndarray, "cells n n"]:
-    """From the control values around each cell of an axis to Bernstein coefficients on it."""
+def _extraction(grid_size: int, degree: int, differences: bool) -> Float64[np.ndarray, "cells n w"]:
+    """From the control values around each cell of an axis to Bernstein coefficients on it; or from the differences of
+    neighbouring ones, where a translation costs no digits, to those of the derivative."""
+    nodes, inverse = _basis(degree)
     cells = np.arange(grid_size - degree)
     if degree == 1:
-        return np.broadcast_to(np.eye(2), (len(cells), 2, 2))
-    nodes, inverse = _basis(degree)
-    weights = [bspline_weights(grid_size, (cell + nodes) / len(cells))[:, cell : cell + degree + 1] for cell in cells]
-    return inverse @ np.stack(weights)
+        matrices = np.broadcast_to(np.eye(2), (len(cells), 2, 2))
+    else:
+        weights = [bspline_weights(grid_size, (cell + nodes) / len(cells))[:, cell : cell + 4] for cell in cells]
+        matrices = inverse @ np.stack(weights)
+    # A control value is the first one and the differences up to it, so that a difference counts in all that follow.
+    return degree * np.diff(matrices[..., :0:-1].cumsum(axis=2)[..., ::-1], axis=1) if differences else matrices
