@@ -19,16 +19,29 @@ PROGRAMS = 32
 # For the CPU. XLA would order what it runs for more cores than most computers have, at the cost of a third more memory;
 # where vectors of 512 bits exist it takes half of them; and of its libraries, the one that is meant for convolutions
 # uses one core, where the one that it would take otherwise uses all.
+LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 OPTIONS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_cpu_prefer_vector_width": 512,
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+    LIBRARY: "LIBRARY_FUSION_TYPE_REDUCE",
 }
 
 
+def compiler_options(*, library_sums: bool = True) -> dict[str, str | int]:
+    """What XLA is told about this library's programs on the present platform.
+
+    Args:
+      library_sums: whether XLA may leave sums to one of its libraries. That one is several times as fast where many
+        features are summed at once, as in the norms of a network, and as slow where there is much arithmetic on what is
+        summed.
+    """
+    options = _known_options()
+    return options if library_sums or LIBRARY not in options else options | {LIBRARY: ""}
+
+
 @functools.cache
-def compiler_options() -> dict[str, str | int]:
-    """What XLA is told about this library's programs on the present platform: of `OPTIONS`, those that it knows."""
+def _known_options() -> dict[str, str | int]:
+    """Of `OPTIONS`, those that XLA knows."""
     if jax.default_backend() != "cpu":
         return {}
     if _are_known(OPTIONS):
@@ -49,15 +62,15 @@ def _are_known(options: dict[str, str | int]) -> bool:
 class _Program:
     """A function of arguments of certain shapes, and the same compiled, once it is asked for."""
 
-    def __init__(self, function: Callable, shapes):
-        self.function, self._shapes = function, shapes
+    def __init__(self, function: Callable, shapes, library_sums: bool):
+        self.function, self._shapes, self._library_sums = function, shapes, library_sums
 
     @functools.cached_property
     def compiled(self) -> Callable:
-        return self.function.lower(*self._shapes).compile(compiler_options())
+        return self.function.lower(*self._shapes).compile(compiler_options(library_sums=self._library_sums))
 
 
-def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Callable:
+def stored(function: Callable, *, static_argnames: tuple[str, ...] = (), library_sums: bool = True) -> Callable:
     """`jax.jit`, whose traced programs are kept beside the compiled ones where there is a compilation cache.
 
     The cache of compiled programs is found by what was traced, and tracing a registration takes Python some seconds. A
@@ -72,6 +85,7 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Call
     Args:
       function: of arrays and numbers (or trees of them), and of keyword arguments.
       static_argnames: these; every keyword argument must be among them.
+      library_sums: of `compiler_options`.
     """
     jitted = jax.jit(function, static_argnames=static_argnames)
 
@@ -79,7 +93,7 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = ()) -> Call
     def program(folder, settings, structure, types, static) -> _Program:
         name = f"{function.__name__}_{_digest(function, settings, structure, types, static)}"
         path, shapes = Path(folder) / "programs" / name, jax.tree.unflatten(structure, types)
-        return _Program(_restored(path) or _kept(path, jitted, shapes, dict(static)), shapes)
+        return _Program(_restored(path) or _kept(path, jitted, shapes, dict(static)), shapes, library_sums)
 
     def found(arguments, static) -> _Program | None:
         folder = jax.config.jax_compilation_cache_dir

@@ -105,7 +105,19 @@ def test_only_options_that_xla_knows_are_given(monkeypatch, unknown):
     known = {name: value for name, value in programs.compiler_options().items() if name not in unknown}
     assert known
     monkeypatch.setattr(programs, "OPTIONS", {**programs.OPTIONS, **unknown})
-    assert programs.compiler_options.__wrapped__() == known
+    assert programs._known_options.__wrapped__() == known
+
+
+@pytest.mark.parametrize("library_sums", [True, False])
+def test_each_function_says_whether_a_library_does_its_sums(program_cache, monkeypatch, library_sums):
+    given, compile_ = [], jax.stages.Lowered.compile
+    monkeypatch.setattr(
+        jax.stages.Lowered, "compile", lambda self, options: (given.append(options), compile_(self, options))[1]
+    )
+    stored(lambda x: x + 1, library_sums=library_sums)(np.float32(1))
+    assert given == [programs.compiler_options(library_sums=library_sums)]
+    if programs.LIBRARY in programs.compiler_options():
+        assert bool(given[0][programs.LIBRARY]) == library_sums
 
 
 def test_a_program_that_was_loaded_is_not_compiled_again(program_cache, monkeypatch):

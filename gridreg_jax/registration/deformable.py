@@ -310,7 +310,7 @@ _bspline = functools.partial(interpolate, method="bspline")
 _halved, _flow, _dense = (jax.jit(function, static_argnums=1) for function in (bspline.refine, flow, _bspline))
 
 
-@functools.partial(stored, static_argnames=("steps", "similarity", "method", "from_start"))
+@functools.partial(stored, static_argnames=("steps", "similarity", "method", "from_start"), library_sums=False)
 def _fit(control_grid, fixed, moving, mask, bending, folding, *, steps, similarity, method, from_start):
     return refine_recorded(
         control_grid,
