@@ -52,21 +52,22 @@ def _slices(x, kernel, stride):
     if kernel[..., 0].size > WRITTEN_OUT:
         return _by_slices(x, kernel, stride, kernel.shape[0] // 2)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    padded = jnp.pad(x.astype(dtype), [(0, 0), *[(kernel.shape[0] // 2,) * 2] * 3, (0, 0)])
+    # Channel by channel: to interleave those that come as images of their own takes as long as the sum.
+    padding = [(0, 0), *[(kernel.shape[0] // 2,) * 2] * 3]
+    channels = [jnp.pad(x[..., channel].astype(dtype), padding) for channel in range(x.shape[-1])]
     # A call of its own: XLA would compute such a sum again for each of those who use it.
     with set_xla_metadata(inlineable="false"):
-        return _written_out(padded, kernel.astype(dtype), stride=stride).astype(x.dtype)
+        return _written_out(channels, kernel.astype(dtype), stride=stride).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="stride")
-def _written_out(padded, kernel, *, stride: int):
+def _written_out(channels, kernel, *, stride: int):
     """One sum of products, voxel of the kernel by voxel: XLA makes a single loop of it, over the features at once."""
     size, total = kernel.shape[0], 0
     for place in itertools.product(range(size), repeat=3):
-        spans = (slice(i, 1 - size + i + n, stride) for i, n in zip(place, padded.shape[1:4], strict=True))
-        seen = padded[:, *spans]
-        for channel, weights in enumerate(kernel[place]):
-            total += seen[..., channel, None] * weights
+        spans = [slice(i, 1 - size + i + n, stride) for i, n in zip(place, channels[0].shape[1:], strict=True)]
+        for padded, weights in zip(channels, kernel[place], strict=True):
+            total += padded[:, *spans, None] * weights
     return total
 
 
@@ -78,28 +79,31 @@ def _by_slices(x, kernel, stride: int, padding: int):
         spare = [(0, -channels % VECTOR)]
         x, kernel = jnp.pad(x, [(0, 0)] * 4 + spare), jnp.pad(kernel, [(0, 0)] * 3 + spare + [(0, 0)])
     count = -(-(x.shape[1] + 2 * padding - size + 1) // stride)
-
-    def convolve(slices, kernel):
-        return jax.lax.conv_general_dilated(
-            slices, kernel, (stride,) * 2, [(padding,) * 2] * 2, dimension_numbers=("NYZC", "YZIO", "NYZC")
+    # Slices of the kernel that see the same slices of x are one kernel, so that what they see is gathered once; but not
+    # if all of them do, and have many features, since the sums then take longer than that.
+    starts, step = (range(size), size) if stride == 1 and features > VECTOR else (range(stride), stride)
+    total = 0
+    for first in starts:
+        slices = kernel[first::step]
+        seen = _every(x, first - padding, stride, count + len(slices) - 1)
+        given = jax.lax.conv_general_dilated(
+            seen.reshape(-1, *x.shape[2:]),
+            jnp.concatenate(list(slices), axis=-1),
+            (stride,) * 2,
+            [(padding,) * 2] * 2,
+            dimension_numbers=("NYZC", "YZIO", "NYZC"),
         )
-
-    if stride == 1 and features <= VECTOR:
-        # What one slice gives to several outputs, at once: what it sees is gathered once, and a product of few features
-        # takes as long as one of many.
-        given = convolve(x.reshape(-1, *x.shape[2:]), jnp.moveaxis(kernel, 0, 3).reshape(size, size, x.shape[-1], -1))
-        given = given.reshape(*x.shape[:2], *given.shape[1:3], size, features)
-        given = jnp.pad(given, [(0, 0), (padding, padding)] + [(0, 0)] * 4)
-        return sum(given[:, first : first + count, ..., first, :] for first in range(size))
-    total = sum(map(convolve, _seen_by(x, size, stride, padding, count), kernel))
-    return total.reshape(len(x), count, *total.shape[1:3], features)
+        given = given.reshape(*seen.shape[:2], *given.shape[1:])
+        for place in range(len(slices)):
+            total += given[:, place : place + count, ..., place * features : (place + 1) * features]
+    return total
 
 
-def _seen_by(x, size: int, stride: int, padding: int, count: int):
-    """For every slice of a kernel, the slices that it sees for `count` outputs along axis 0, `[N count, Y, Z, C]`."""
-    padded = jnp.pad(x, [(0, 0), (padding, padding)] + [(0, 0)] * 3)
-    for first in range(size):
-        yield padded[:, first : first + stride * (count - 1) + 1 : stride].reshape(-1, *x.shape[2:])
+def _every(x, start: int, stride: int, count: int):
+    """Slices `start`, `start + stride`, ... along axis 0 of a volume, `count` of them; zeros beyond the border."""
+    before = max(0, -(start // stride))
+    there = x[:, start + before * stride :: stride][:, : count - before]
+    return jnp.pad(there, [(0, 0), (before, count - before - there.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
 
 def _slices_forward(x, kernel, stride):
@@ -129,7 +133,8 @@ def _gradient_of_kernel(x, gradient, size: int, stride: int):
             seen, slopes, (1, 1), borders, rhs_dilation=(stride,) * 2, dimension_numbers=("CYZN", "IYZO", "YZNC")
         )
 
-    return jnp.stack([correlate(seen) for seen in _seen_by(x, size, stride, padding, count)])
+    seen = (_every(x, first - padding, stride, count) for first in range(size))
+    return jnp.stack([correlate(slices.reshape(-1, *x.shape[2:])) for slices in seen])
 
 
 def _gradient_of_strided(gradient, kernel, shape):

@@ -119,7 +119,7 @@ class HeatMaps(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "N X Y Z 1"]) -> Float[Array, "N x y z K"]:
         for block, width in enumerate((*WIDTHS, self.keypoints)):
-            x = nn.relu(instance_norm(Conv3D(width, name=f"block{block}")(x)))
+            x = nn.relu(instance_norm(Conv3D(width, normed=True, name=f"block{block}")(x)))
             if block in HALVED:
                 x = nn.max_pool(x, (2, 2, 2), strides=(2, 2, 2), padding="SAME")
         return x

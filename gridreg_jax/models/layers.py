@@ -25,12 +25,17 @@ WIDTHS = (1, 2, 2, 4, 4, 8, 8, 16, 16)
 
 
 class Conv3D(nn.Module):
-    """Convolution: `features` outputs, odd cubic kernel, zero padding; He initialisation, which suits a rectifier."""
+    """Convolution: `features` outputs, odd cubic kernel, zero padding; He initialisation, which suits a rectifier.
+
+    Attributes:
+      normed: an instance norm follows, which would take the bias away again: it is a parameter, but not added.
+    """
 
     features: int
     kernel_size: int = 3
     stride: int = 1
     use_bias: bool = True
+    normed: bool = False
     kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
 
@@ -41,7 +46,8 @@ class Conv3D(nn.Module):
         x = conv3d(x, kernel.astype(x.dtype), stride=self.stride)
         if not self.use_bias:
             return x
-        return x + self.param("bias", self.bias_init, (self.features,)).astype(x.dtype)
+        bias = self.param("bias", self.bias_init, (self.features,))
+        return x if self.normed else x + bias.astype(x.dtype)
 
 
 def instance_norm(x: Float[Array, "N X Y Z C"], *, epsilon: float = 1e-5) -> Float[Array, "N X Y Z C"]:
@@ -106,7 +112,7 @@ class Encoder(nn.Module):
         for level in range(self.levels):
             halved = level < self.downsampled
             step = 2 if halved and not self.pooled else 1
-            x = Conv3D(self.width * WIDTHS[level], stride=step, name=f"level{level}")(x)
+            x = Conv3D(self.width * WIDTHS[level], stride=step, normed=True, name=f"level{level}")(x)
             x = nn.leaky_relu(instance_norm(x), 0.1)
             if halved and self.pooled:
                 x = nn.max_pool(x, (2, 2, 2), strides=(2, 2, 2))

@@ -43,7 +43,7 @@ class Segmenter(nn.Module):
             width = level.features.shape[-1]
             x = nn.Dense(width, name=f"projection{index}")(x)
             x = _finer(x, level.features.shape[1:4], stride // level.stride) + level.features
-            x = nn.leaky_relu(instance_norm(Conv3D(width, name=f"level{index}")(x)), 0.1)
+            x = nn.leaky_relu(instance_norm(Conv3D(width, normed=True, name=f"level{index}")(x)), 0.1)
             stride = level.stride
         return _finer(nn.Dense(self.labels + 1, name="head")(x), image.shape[1:4], stride)
 
