@@ -1,8 +1,9 @@
 """Every learned system on one data set, under one budget: the hippocampus's by default.
 
     python train.py --config=configs/compare.py --config.data.subjects=subjects.csv
-    python train.py --config=configs/compare.py:cpu --config.data.subjects=subjects.csv \\
-        --config.systems="('gridreg','voxelmorph')"    # 1000 steps each at 2 mm
+    python train.py --config=configs/compare.py:cpu --config.data.subjects=subjects.csv    # five, 1000 steps each, 2 mm
+    python train.py --config=configs/compare.py --config.data.subjects=subjects.csv \\
+        --config.systems="('gridreg','voxelmorph')"
 
 All take the same data, similarity, overlap, augmentation and number of steps; none has a segmenter or instance
 optimisation. Each keeps its authors' smoothness; the optimiser is GridReg's for all, since the authors' rates are for
@@ -17,6 +18,7 @@ from configs.models import MODELS
 
 LEARNING_RATES = {"gridreg": 2e-3}
 OTHERS = 1e-3
+FAMILIES = ("gridreg", "lightcrcf", "voxelmorph", "transmorph", "keymorph")
 PRETRAINING = {"keymorph": "keymorph_pretrain"}
 
 
@@ -33,7 +35,8 @@ def get_config(argument: str = "") -> ConfigDict:
         config.steps = 1000
         config.val_every = 500
     config.refinement.steps = 0
-    config.systems = ("gridreg", *(name for name in MODELS if name not in PRETRAINING.values()))
+    every = ("gridreg", *(name for name in MODELS if name not in PRETRAINING.values()))
+    config.systems = FAMILIES if variant == "cpu" else every
     return config
 
 
