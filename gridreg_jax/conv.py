@@ -20,9 +20,14 @@ WRITTEN_OUT = 128
 
 
 def conv3d(
-    x: Float[Array, "N X Y Z C"], kernel: Float[Array, "k k k C D"], *, stride: int = 1
+    x: Float[Array, "N X Y Z C"], kernel: Float[Array, "k k k C D"], *, stride: int = 1, in_loop: bool = False
 ) -> Float[Array, "N x y z D"]:
-    """Cross-correlation with zero padding `k // 2` (odd k): output size `ceil(size / stride)` per axis."""
+    """Cross-correlation with zero padding `k // 2` (odd k): output size `ceil(size / stride)` per axis.
+
+    Args:
+      in_loop: for a convolution whose gradient a loop (`lax.scan` and the like) computes. On the CPU XLA runs the
+        convolutions that yield the kernel's gradient ten to a hundred times slower there; products take their place.
+    """
     size = kernel.shape[0]
     if size == 1:
         return x[:, ::stride, ::stride, ::stride] @ kernel[0, 0, 0]
@@ -31,7 +36,7 @@ def conv3d(
     return jax.lax.platform_dependent(
         x,
         kernel,
-        cpu=lambda x, kernel: (_slices if sliced else _native)(x, kernel, stride),
+        cpu=lambda x, kernel: _slices(x, kernel, stride, in_loop) if sliced else _native(x, kernel, stride),
         default=lambda x, kernel: _native(x, kernel, stride),
     )
 
@@ -46,8 +51,8 @@ def _native(x, kernel, stride):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _slices(x, kernel, stride):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _slices(x, kernel, stride, in_loop):
     """By slices, or written out where that is faster."""
     if kernel[..., 0].size > WRITTEN_OUT:
         return _by_slices(x, kernel, stride, kernel.shape[0] // 2)
@@ -106,17 +111,18 @@ def _every(x, start: int, stride: int, count: int):
     return jnp.pad(there, [(0, 0), (before, count - before - there.shape[1])] + [(0, 0)] * (x.ndim - 2))
 
 
-def _slices_forward(x, kernel, stride):
-    return _slices(x, kernel, stride), (x, kernel)
+def _slices_forward(x, kernel, stride, in_loop):
+    return _slices(x, kernel, stride, in_loop), (x, kernel)
 
 
-def _slices_backward(stride, residuals, gradient):
+def _slices_backward(stride, in_loop, residuals, gradient):
     x, kernel = residuals
     if stride == 1:
-        d_x = _slices(gradient, jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4), 1)
+        d_x = _slices(gradient, jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4), 1, in_loop)
     else:
         d_x = _gradient_of_strided(gradient, kernel, x.shape[1:4])
-    return d_x, _gradient_of_kernel(x, gradient, kernel.shape[0], stride)
+    of_kernel = _gradient_of_kernel_by_products if in_loop else _gradient_of_kernel
+    return d_x, of_kernel(x, gradient, kernel.shape[0], stride)
 
 
 def _gradient_of_kernel(x, gradient, size: int, stride: int):
@@ -135,6 +141,18 @@ def _gradient_of_kernel(x, gradient, size: int, stride: int):
 
     seen = (_every(x, first - padding, stride, count) for first in range(size))
     return jnp.stack([correlate(slices.reshape(-1, *x.shape[2:])) for slices in seen])
+
+
+def _gradient_of_kernel_by_products(x, gradient, size: int, stride: int):
+    """A product for every voxel of the kernel, of two arrays of which one is moved: the narrower, if either may be."""
+    if stride == 1 and x.shape[-1] > gradient.shape[-1]:
+        return jnp.flip(_gradient_of_kernel_by_products(gradient, x, size, 1), (0, 1, 2)).swapaxes(3, 4)
+    padded = jnp.pad(x, [(0, 0), *[(size // 2,) * 2] * 3, (0, 0)])
+    products = []
+    for place in itertools.product(range(size), repeat=3):
+        spans = (slice(i, i + stride * (n - 1) + 1, stride) for i, n in zip(place, gradient.shape[1:4], strict=True))
+        products.append(jnp.einsum("nxyzc,nxyzd->cd", padded[:, *spans], gradient))
+    return jnp.stack(products).reshape(size, size, size, *products[0].shape)
 
 
 def _gradient_of_strided(gradient, kernel, shape):

@@ -52,8 +52,8 @@ class CorrespondenceField(nn.Module):
             hidden = dense(name=f"layer{layer}")(nn.relu(hidden))
         small = nn.initializers.normal(1e-4)
         displacement = nn.Dense(3, kernel_init=small, name="coarse")(nn.relu(hidden))
-        between = nn.relu(Conv3D(self.smoother, name="smoother")(displacement))
-        return displacement + Conv3D(3, kernel_init=small, name="smooth")(between)
+        between = nn.relu(Conv3D(self.smoother, in_loop=True, name="smoother")(displacement))
+        return displacement + Conv3D(3, in_loop=True, kernel_init=small, name="smooth")(between)
 
     def _encoded(self, size: int) -> Float[Array, "X F"]:
         place = jnp.linspace(-1.0, 1.0, size)[:, None]

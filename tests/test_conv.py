@@ -1,5 +1,7 @@
 """The 3-D convolution: both formulations against XLA's own and against SciPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,11 @@ from scipy.ndimage import correlate
 
 from gridreg_jax import conv
 
-FORMULATIONS = {"slices": jax.jit(conv._slices, static_argnums=2), "native": jax.jit(conv._native, static_argnums=2)}
+FORMULATIONS = {
+    "slices": jax.jit(functools.partial(conv._slices, in_loop=False), static_argnums=2),
+    "slices in a loop": jax.jit(functools.partial(conv._slices, in_loop=True), static_argnums=2),
+    "native": jax.jit(conv._native, static_argnums=2),
+}
 each_formulation = pytest.mark.parametrize("formulation", FORMULATIONS.values(), ids=FORMULATIONS)
 each_stride = pytest.mark.parametrize("stride", [1, 2])
 # On the CPU: a sum that is written out; few features; channels that are filled up; neither.

@@ -29,6 +29,7 @@ class Conv3D(nn.Module):
 
     Attributes:
       normed: an instance norm follows, which would take the bias away again: it is a parameter, but not added.
+      in_loop: of `conv3d`.
     """
 
     features: int
@@ -36,6 +37,7 @@ class Conv3D(nn.Module):
     stride: int = 1
     use_bias: bool = True
     normed: bool = False
+    in_loop: bool = False
     kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
     bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
 
@@ -43,7 +45,7 @@ class Conv3D(nn.Module):
     def __call__(self, x: Float[Array, "N X Y Z C"]) -> Float[Array, "N x y z D"]:
         shape = (self.kernel_size,) * 3 + (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
-        x = conv3d(x, kernel.astype(x.dtype), stride=self.stride)
+        x = conv3d(x, kernel.astype(x.dtype), stride=self.stride, in_loop=self.in_loop)
         if not self.use_bias:
             return x
         bias = self.param("bias", self.bias_init, (self.features,))
