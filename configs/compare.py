@@ -18,6 +18,7 @@ from configs.models import MODELS
 
 LEARNING_RATES = {"gridreg": 2e-3}
 OTHERS = 1e-3
+# One of each kind.
 FAMILIES = ("gridreg", "lightcrcf", "voxelmorph", "transmorph", "keymorph")
 PRETRAINING = {"keymorph": "keymorph_pretrain"}
 

@@ -16,10 +16,11 @@ from gridreg_jax.files import replacing
 # Of each function that a process holds at a time. On Linux a program for the CPU takes hundreds of the 65 530 mappings
 # that a process may have, and the compiler dies without.
 PROGRAMS = 32
+# The option that says what XLA leaves to that library of its own which also does sums.
+LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 # For the CPU. XLA would order what it runs for more cores than most computers have, at the cost of a third more memory;
 # where vectors of 512 bits exist it takes half of them; and of its libraries, the one that is meant for convolutions
 # uses one core, where the one that it would take otherwise uses all.
-LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 OPTIONS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_cpu_prefer_vector_width": 512,

@@ -1,4 +1,4 @@
-"""The 3-D convolution: both formulations against XLA's own and against SciPy."""
+"""The 3-D convolution: the formulations against XLA's own and against SciPy."""
 
 import functools
 

@@ -120,7 +120,7 @@ def certify(
     bounds = np.empty((cell_counts[0], math.prod(cell_counts[1:])))
     dominance, bernstein, lowest, folds = np.inf, np.inf, np.inf, False
     nodes = 3 * degree
-    workspace = np.empty((3, 3, CHUNK, nodes, nodes, nodes))
+    workspace = np.empty((3, 3, CHUNK, nodes, nodes**2))
     for layer, of_layer in enumerate(bounds):
         slopes, margin = _slopes(control_grid, layer, degree)
         dominant = _dominance(slopes, margin)
@@ -232,16 +232,18 @@ def _bernstein_bounds(slopes: Sequence[np.ndarray], margin: Float64[np.ndarray, 
     """The bound of each cell's determinant by its Bernstein coefficients, and whether it surely folds.
 
     Args:
-      jacobian: [axis, component, cell, node, node, node], overwritten; new memory each time would cost as much again.
+      jacobian: [axis, component, cell, node, node node], overwritten; new memory each time would cost as much again.
     """
     inverse = _basis(3 * degree - 1)[1]
+    nodes = len(inverse)
     for axis, part in enumerate(slopes):
         degrees = [degree - (other == axis) for other in range(3)]
         _contract(part, [_values(d, 3 * degree - 1) for d in degrees], out=jacobian[axis])
         jacobian[axis, axis] += 1
     (xx, yx, zx), (xy, yy, zy), (xz, yz, zz) = jacobian
     determinant = xx * (yy * zz - yz * zy) - xy * (yx * zz - yz * zx) + xz * (yx * zy - yy * zx)
-    return _subdivide(_contract(determinant, [inverse] * 3), margin)
+    coefficients = _contract(determinant.reshape(-1, nodes, nodes, nodes), [inverse] * 3)
+    return _subdivide(coefficients.reshape(-1, nodes, nodes, nodes), margin)
 
 
 def _subdivide(boxes: Float64[np.ndarray, "K n n n"], margin: Float64[np.ndarray, " K"]):
@@ -267,12 +269,9 @@ def _subdivide(boxes: Float64[np.ndarray, "K n n n"], margin: Float64[np.ndarray
 
 
 def _contract(values: Float64[np.ndarray, "*K _ _ _"], matrices: Sequence[np.ndarray], out=None):
-    """One matrix for each of the last three axes; the last two are one, as products of few numbers are slow."""
+    """One matrix for each of the last three axes, `[*K, a, b c]`: the last two are one, as small products are slow."""
     first, second, third = matrices
-    shape = *values.shape[:-3], len(first), -1
-    values = first @ values.reshape(*values.shape[:-2], -1)
-    out = None if out is None else out.reshape(shape)
-    return np.matmul(values, np.kron(second, third).T, out=out).reshape(*shape[:-1], len(second), len(third))
+    return np.matmul(first @ values.reshape(*values.shape[:-2], -1), np.kron(second, third).T, out=out)
 
 
 @functools.lru_cache
