@@ -91,6 +91,15 @@ class StageResult:
     similarity: tuple[float, ...]
 
 
+def refining(preset: Preset, steps: int) -> Preset:
+    """What of a preset follows a network: the stages with its last grid, which share the steps as they do there."""
+    last = [stage for stage in preset.stages if stage.halvings == 0]
+    ends = np.cumsum([0] + [stage.steps for stage in last])
+    shares = np.diff(np.rint(steps * ends / ends[-1]).astype(int))
+    stages = [dataclasses.replace(stage, steps=int(share)) for stage, share in zip(last, shares, strict=True)]
+    return dataclasses.replace(preset, stages=tuple(stage for stage in stages if stage.steps) or (stages[-1],))
+
+
 def finest_shape(fixed: Volume) -> tuple[int, int, int]:
     """Voxels an axis of the finest lattice for a fixed image.
 
@@ -133,7 +142,7 @@ def deform(
       mask: where the fixed image counts (values other than 0); None: everywhere.
       method: a name in `instance.METHODS`. With a velocity, the control grid returned is the closest to its flow.
       start: u to begin with, in voxels of `fixed` at its voxels; None: 0. Not with a velocity. The bending energy
-        is that of the change from it.
+        is that of the change, in each stage.
       label_maps: the overlap of these is to grow too (see `instance.refine_recorded`); on any lattices.
       notify: takes the result of each stage when it ends.
 

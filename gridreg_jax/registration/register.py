@@ -202,7 +202,7 @@ def register(
     """Find the map under which two images are most alike: affine, then a cubic control grid from coarse to fine.
 
     Or a network proposes the map, trained before (`model`) or fitted to the pair (`method="ncf"`); a control grid takes
-    it up, which the last of the preset's stages may refine.
+    it up, which the preset's stages with the last grid may refine.
 
     Args:
       fixed, moving: paths of NIfTI files, images of nibabel's, pairs of array and affine (voxel -> RAS mm), or volumes
@@ -254,7 +254,7 @@ def register(
         refine = trained.config["refinement"]["steps"] if refine is None else refine
     from_network = trained is not None or method == "ncf"
     if from_network:
-        stages = dataclasses.replace(stages, stages=(dataclasses.replace(stages.stages[-1], steps=refine or 0),))
+        stages = deformable.refining(stages, refine or 0)
     start = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         # The next part's programs are brought while this one runs.

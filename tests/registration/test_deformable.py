@@ -9,7 +9,7 @@ from gridreg_jax import geometry
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.errors import InputError
 from gridreg_jax.registration import deformable
-from gridreg_jax.registration.deformable import BUDGET, PRESETS, Preset, Stage, deform, finest_shape
+from gridreg_jax.registration.deformable import BUDGET, PRESETS, Preset, Stage, deform, finest_shape, refining
 from gridreg_jax.transforms.interpolation import axis_weights
 
 SHAPE = (32, 36, 30)
@@ -135,3 +135,14 @@ def test_short_axes_keep_whole_cells():
         assert [stage.halvings for stage in preset.stages] == sorted(
             [stage.halvings for stage in preset.stages], reverse=True
         )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("steps", [0, 1, 7, 20])
+def test_what_follows_a_network_has_the_last_grid_alone_and_every_step(preset, steps):
+    stages = refining(PRESETS[preset], steps).stages
+    assert sum(stage.steps for stage in stages) == steps
+    assert stages and all(stage.halvings == 0 for stage in stages)
+    assert len(stages) == 1 or all(stage.steps for stage in stages)
+    if steps == 20:
+        assert stages[-1].coarsening == PRESETS[preset].stages[-1].coarsening
