@@ -9,18 +9,23 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from gridreg_jax.instance import descend
 from gridreg_jax.losses import diffusion_energy, ssim
 from gridreg_jax.models.layers import Conv3D
-from gridreg_jax.transforms.pyramid import double, halve
-from gridreg_jax.transforms.warp import warp
+from gridreg_jax.transforms.interpolation import contract
+from gridreg_jax.transforms.warp import identity_grid, sample
 
 # Weights of the terms beside the mean absolute difference: structural similarity, agreement of what is occupied, and
 # mean squared first differences of the displacement.
-SSIM, OCCUPANCY, GRADIENT = 1.0, 0.1, 0.01
+SSIM, OCCUPANCY, GRADIENT = 1.0, 0.1, 0.1
+# Voxels an axis, of those that are compared, of the windows of structural similarity.
+WINDOW = 5
+# Of an axis of fewer voxels every one is compared.
+FEW = 24
 # How steeply occupancy rises with intensity.
 STEEPNESS = 100.0
 
@@ -29,7 +34,8 @@ class CorrespondenceField(nn.Module):
     """A displacement at every voxel of a lattice: a perceptron of its coordinates, and a smoother that adds to it.
 
     Attributes:
-      frequencies: of the sines and cosines beside each coordinate in [-1, 1], `2^k pi` for k from 0.
+      frequencies: of the sines and cosines beside each coordinate in [-1, 1], `2^k pi` for k from 0, with amplitudes
+        `2^-k`: what is smooth is found first.
       width, layers: hidden features and linear layers of the perceptron.
       smoother: features between the two convolutions.
     """
@@ -57,8 +63,9 @@ class CorrespondenceField(nn.Module):
 
     def _encoded(self, size: int) -> Float[Array, "X F"]:
         place = jnp.linspace(-1.0, 1.0, size)[:, None]
-        phase = place * jnp.pi * 2.0 ** jnp.arange(self.frequencies)
-        return jnp.concatenate([place, jnp.sin(phase), jnp.cos(phase)], axis=1)
+        octaves = 2.0 ** jnp.arange(self.frequencies)
+        phase = place * jnp.pi * octaves
+        return jnp.concatenate([place, jnp.sin(phase) / octaves, jnp.cos(phase) / octaves], axis=1)
 
 
 def optimise(
@@ -68,7 +75,7 @@ def optimise(
     key: PRNGKeyArray,
     steps: int = 250,
     learning_rate: float | Float[Array, ""] = 5e-3,
-    halvings: int = 1,
+    stride: int = 2,
     mask: Shaped[Array, "N X Y Z"] | None = None,
 ) -> Float[Array, "N X Y Z 3"]:
     """The displacement from fixed to moving, by Adam on a network for each pair.
@@ -78,15 +85,14 @@ def optimise(
       key: of the networks' first weights.
       steps: of Adam, its step size falling to 0 along a cosine; static under jit.
       learning_rate: of the first step.
-      halvings: of the images' resolution, at which the network is fitted; the displacement is then interpolated.
-        Static under jit.
+      stride: the network is fitted at every so manieth voxel an axis, where the moving image at its own resolution is
+        compared with the fixed one; the displacement is then interpolated. Static under jit.
       mask: weight of each voxel of the fixed lattice in the comparisons.
     """
-    shapes = []
-    for _ in range(halvings):
-        shapes.append(fixed.shape[1:4])
-        fixed, moving = halve(fixed), halve(moving)
-        mask = None if mask is None else halve(mask.astype(jnp.float32)[..., None])[..., 0]
+    full = fixed.shape[1:4]
+    strides = [stride if size >= FEW else 1 for size in full]
+    sparse = (slice(None), *(slice(None, None, step) for step in strides))
+    fixed, mask = fixed[sparse], None if mask is None else mask[sparse]
     network, shape = CorrespondenceField(), fixed.shape[1:4]
 
     def fit(case):
@@ -95,16 +101,22 @@ def optimise(
 
         def loss(params):
             displacement = network.apply(params, shape)
-            unlike = _unlike(fixed, warp(moving, displacement), mask)
+            points = (identity_grid(shape) + displacement[0]) * jnp.asarray(strides)
+            unlike = _unlike(fixed, sample(moving[0], points)[None], mask)
             return (unlike + GRADIENT * diffusion_energy(displacement))[0], unlike
 
         params, _ = descend(loss, network.init(key, shape), steps=steps, learning_rate=learning_rate)
         return network.apply(params, shape)[0]
 
     displacement = jax.lax.map(fit, (jax.random.split(key, len(fixed)), fixed, moving, mask))
-    for shape in reversed(shapes):
-        displacement = double(displacement, shape)
-    return displacement
+    matrices = [_between(*axis) for axis in zip(full, shape, strides, strict=True)]
+    return contract(displacement, matrices) * jnp.asarray(strides)
+
+
+def _between(size: int, sparse: int, stride: int) -> Float[np.ndarray, "X x"]:
+    """Linear interpolation at all voxels of an axis from every so manieth, constant beyond the last of these."""
+    place = np.minimum(np.arange(size) / stride, sparse - 1)
+    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(sparse)))
 
 
 def _unlike(fixed, warped, mask) -> Float[Array, " N"]:
@@ -117,4 +129,4 @@ def _unlike(fixed, warped, mask) -> Float[Array, " N"]:
     threshold = mean(fixed)[:, None, None, None, None]
     occupied, found = (jax.nn.sigmoid(STEEPNESS * (image - threshold)) for image in (fixed, warped))
     unlike = mean(jnp.abs(fixed - warped)) + OCCUPANCY * mean(jnp.square(occupied - found))
-    return unlike + SSIM * ssim(fixed, warped, mask=mask)
+    return unlike + SSIM * ssim(fixed, warped, window=WINDOW, mask=mask)

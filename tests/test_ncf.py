@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gridreg_jax.ncf import CorrespondenceField, optimise
+from gridreg_jax.ncf import CorrespondenceField, _between, optimise
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import warp
 
 SHAPE = (34, 30, 37)
-optimised = functools.partial(jax.jit(optimise, static_argnames=("steps", "halvings")), key=jax.random.key(0))
+optimised = functools.partial(jax.jit(optimise, static_argnames=("steps", "stride")), key=jax.random.key(0))
 
 
 def pair(seed=0, amplitude=3.0):
@@ -35,7 +35,8 @@ def test_the_field_is_a_perceptron_of_encoded_coordinates_and_a_smoother():
     hidden = params["params"]["axis0"]["bias"]
     for axis in range(3):
         phases = np.pi * grid[..., axis, None] * [1, 2, 4]
-        codes = np.concatenate([grid[..., axis, None], np.sin(phases), np.cos(phases)], axis=-1)
+        waves = np.stack([np.sin(phases), np.cos(phases)], axis=-2) / [1, 2, 4]
+        codes = np.concatenate([grid[..., axis, None], waves.reshape(*shape, -1)], axis=-1)
         hidden = hidden + codes @ params["params"][f"axis{axis}"]["kernel"]
     for layer in ("layer1", "layer2", "coarse"):
         weights = params["params"][layer]
@@ -72,6 +73,20 @@ def test_a_known_map_is_found():
 
     assert mean_length(true) > 1
     assert mean_length(found - true) < 0.5 * mean_length(true)
+
+
+def test_between_what_is_compared_the_displacement_is_linear():
+    for size, stride in ((9, 2), (10, 2), (7, 1), (11, 3)):
+        places = np.arange(0, size, stride)
+        values = np.random.default_rng(size).normal(size=len(places))
+        expected = np.interp(np.arange(size), places, values)
+        np.testing.assert_allclose(_between(size, len(places), stride) @ values, expected, atol=1e-12)
+
+
+def test_every_slice_of_few_is_compared():
+    fixed, moving, _ = (part[:, :, :, :11] for part in pair())
+    changed = fixed.at[:, :, :, 5].set(0.9)  # no second slice
+    assert jnp.abs(optimised(fixed, moving, steps=3) - optimised(changed, moving, steps=3)).max() > 1e-3
 
 
 def test_pairs_of_a_batch_do_not_influence_each_other():
