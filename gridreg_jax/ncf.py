@@ -22,9 +22,9 @@ from gridreg_jax.transforms.warp import identity_grid, sample
 # Weights of the terms beside the mean absolute difference: structural similarity, agreement of what is occupied, and
 # mean squared first differences of the displacement.
 SSIM, OCCUPANCY, GRADIENT = 1.0, 0.1, 0.1
-# Voxels an axis, of those that are compared, of the windows of structural similarity.
+# Of structural similarity: voxels an axis, of those at which the images are compared.
 WINDOW = 5
-# Of an axis of fewer voxels every one is compared.
+# Along an axis of fewer voxels, the images are compared at every one.
 FEW = 24
 # How steeply occupancy rises with intensity.
 STEEPNESS = 100.0
@@ -85,8 +85,8 @@ def optimise(
       key: of the networks' first weights.
       steps: of Adam, its step size falling to 0 along a cosine; static under jit.
       learning_rate: of the first step.
-      stride: the network is fitted at every so manieth voxel an axis, where the moving image at its own resolution is
-        compared with the fixed one; the displacement is then interpolated. Static under jit.
+      stride: from one voxel, along an axis, at which the images are compared to the next (1 where an axis has fewer
+        than `FEW`); both images keep their resolution, and the displacement is then interpolated. Static under jit.
       mask: weight of each voxel of the fixed lattice in the comparisons.
     """
     full = fixed.shape[1:4]
@@ -114,7 +114,7 @@ def optimise(
 
 
 def _between(size: int, sparse: int, stride: int) -> Float[np.ndarray, "X x"]:
-    """Linear interpolation at all voxels of an axis from every so manieth, constant beyond the last of these."""
+    """Linear interpolation at all voxels of an axis from some of them, constant beyond the last of these."""
     place = np.minimum(np.arange(size) / stride, sparse - 1)
     return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(sparse)))
 
