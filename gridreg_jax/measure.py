@@ -52,7 +52,7 @@ def make_predict(model: nn.Module, *, refinement: dict | None = None) -> Callabl
     def predict(params, batch: dict[str, jax.Array], grid_size: GridSize) -> dict[str, jax.Array]:
         return _predict(params, batch, model=model, grid_size=grid_size, refinement=options)
 
-    # The steps are most of the time, and do better without the library, a network alone with it.
+    # The library for sums serves a network alone; the steps, which are most of the time where there are any, it slows.
     return jax.jit(predict, static_argnums=(2,), compiler_options=compiler_options(library_sums=options is None))
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from gridreg_jax.instance import descend
 from gridreg_jax.losses import diffusion_energy, ssim
 from gridreg_jax.models.layers import Conv3D
-from gridreg_jax.transforms.interpolation import contract
+from gridreg_jax.transforms.interpolation import contract, hat_weights
 from gridreg_jax.transforms.warp import identity_grid, sample
 
 # Weights of the terms beside the mean absolute difference: structural similarity, agreement of what is occupied, and
@@ -90,7 +90,7 @@ def optimise(
       mask: weight of each voxel of the fixed lattice in the comparisons.
     """
     full = fixed.shape[1:4]
-    strides = [stride if size >= FEW else 1 for size in full]
+    strides = np.array([stride if size >= FEW else 1 for size in full])
     sparse = (slice(None), *(slice(None, None, step) for step in strides))
     fixed, mask = fixed[sparse], None if mask is None else mask[sparse]
     network, shape = CorrespondenceField(), fixed.shape[1:4]
@@ -101,7 +101,7 @@ def optimise(
 
         def loss(params):
             displacement = network.apply(params, shape)
-            points = (identity_grid(shape) + displacement[0]) * jnp.asarray(strides)
+            points = (identity_grid(shape) + displacement[0]) * strides
             unlike = _unlike(fixed, sample(moving[0], points)[None], mask)
             return (unlike + GRADIENT * diffusion_energy(displacement))[0], unlike
 
@@ -109,14 +109,8 @@ def optimise(
         return network.apply(params, shape)[0]
 
     displacement = jax.lax.map(fit, (jax.random.split(key, len(fixed)), fixed, moving, mask))
-    matrices = [_between(*axis) for axis in zip(full, shape, strides, strict=True)]
-    return contract(displacement, matrices) * jnp.asarray(strides)
-
-
-def _between(size: int, sparse: int, stride: int) -> Float[np.ndarray, "X x"]:
-    """Linear interpolation at all voxels of an axis from some of them, constant beyond the last of these."""
-    place = np.minimum(np.arange(size) / stride, sparse - 1)
-    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(sparse)))
+    matrices = [hat_weights(shape[axis], np.arange(full[axis]) / strides[axis]) for axis in range(3)]
+    return contract(displacement, matrices) * strides
 
 
 def _unlike(fixed, warped, mask) -> Float[Array, " N"]:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gridreg_jax.ncf import CorrespondenceField, _between, optimise
+from gridreg_jax.ncf import CorrespondenceField, optimise
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import warp
 
@@ -73,14 +73,6 @@ def test_a_known_map_is_found():
 
     assert mean_length(true) > 1
     assert mean_length(found - true) < 0.5 * mean_length(true)
-
-
-def test_between_what_is_compared_the_displacement_is_linear():
-    for size, stride in ((9, 2), (10, 2), (7, 1), (11, 3)):
-        places = np.arange(0, size, stride)
-        values = np.random.default_rng(size).normal(size=len(places))
-        expected = np.interp(np.arange(size), places, values)
-        np.testing.assert_allclose(_between(size, len(places), stride) @ values, expected, atol=1e-12)
 
 
 def test_every_slice_of_few_is_compared():

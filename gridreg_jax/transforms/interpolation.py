@@ -25,13 +25,17 @@ GAUSSIAN_SIGMA = 3**-0.5
 JOINED = 64
 
 
+def hat_weights(size: int, places: Float64[np.ndarray, " P"]) -> Float64[np.ndarray, "P size"]:
+    """Linear interpolation between values at 0, 1, ..., `size - 1`, at places on that scale; constant beyond them."""
+    return np.maximum(0.0, 1.0 - np.abs(np.clip(places, 0, size - 1)[:, None] - np.arange(size)))
+
+
 def trilinear_weights(grid_size: int, positions: Float64[np.ndarray, " P"]) -> Float64[np.ndarray, "P g"]:
     """Hat functions of control points at `linspace(0, 1, grid_size)`; `grid_size >= 2`.
 
     Source: Yan et al., Medical Physics 2026, section 3.2, item 1.
     """
-    scaled = positions[:, None] * (grid_size - 1)
-    return np.maximum(0.0, 1.0 - np.abs(scaled - np.arange(grid_size)))
+    return hat_weights(grid_size, positions * (grid_size - 1))
 
 
 def bspline_knots(grid_size: int) -> Float64[np.ndarray, " knots"]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gridreg_jax.transforms.interpolation import contract
+from gridreg_jax.transforms.interpolation import contract, hat_weights
 
 
 def halve(volume: Float[Array, "N X Y Z C"]) -> Float[Array, "N x y z C"]:
@@ -23,8 +23,5 @@ def halve(volume: Float[Array, "N X Y Z C"]) -> Float[Array, "N x y z C"]:
 def double(displacement: Float[Array, "N x y z 3"], shape: tuple[int, int, int]) -> Float[Array, "N X Y Z 3"]:
     """A displacement found on halved images, in voxels of the fine lattice `shape`; linear between the coarse voxels,
     constant beyond them."""
-    matrices = []
-    for size, coarse in zip(shape, displacement.shape[1:4], strict=True):
-        place = np.clip((np.arange(size) - 0.5) / 2, 0, coarse - 1)
-        matrices.append(np.maximum(0, 1 - np.abs(place[:, None] - np.arange(coarse))))
-    return 2 * contract(displacement, matrices)
+    sizes = zip(shape, displacement.shape[1:4], strict=True)
+    return 2 * contract(displacement, [hat_weights(coarse, (np.arange(size) - 0.5) / 2) for size, coarse in sizes])

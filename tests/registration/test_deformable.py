@@ -144,5 +144,8 @@ def test_what_follows_a_network_has_the_last_grid_alone_and_every_step(preset, s
     assert sum(stage.steps for stage in stages) == steps
     assert stages and all(stage.halvings == 0 for stage in stages)
     assert len(stages) == 1 or all(stage.steps for stage in stages)
-    if steps == 20:
-        assert stages[-1].coarsening == PRESETS[preset].stages[-1].coarsening
+
+
+def test_the_steps_after_a_network_are_shared_as_in_the_preset():
+    stages = refining(PRESETS["balanced"], 20).stages  # 25 and 18 there
+    assert [(stage.coarsening, stage.steps) for stage in stages] == [(2, 12), (1, 8)]

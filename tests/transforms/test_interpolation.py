@@ -6,7 +6,7 @@ from scipy.interpolate import BSpline, RegularGridInterpolator
 
 from gridreg_jax.errors import InputError
 from gridreg_jax.transforms import interpolation
-from gridreg_jax.transforms.interpolation import INTERPOLATORS
+from gridreg_jax.transforms.interpolation import INTERPOLATORS, hat_weights
 
 METHODS = tuple(INTERPOLATORS)
 GRID_SIZE, SHAPE = (5, 6, 4), (11, 9, 8)
@@ -46,6 +46,13 @@ def test_dense_trilinear_agrees_with_scipy():
     voxels = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), axis=-1)
     expected = [RegularGridInterpolator(axes, one.astype(np.float64))(voxels) for one in control_grid]
     np.testing.assert_allclose(interpolation.interpolate(jnp.asarray(control_grid), SHAPE), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_hat_functions_interpolate_linearly_and_hold_the_ends(size):
+    places, values = np.linspace(-1.5, size + 0.5, 23), np.random.default_rng(size).normal(size=size)
+    expected = np.interp(places, np.arange(size), values)
+    np.testing.assert_allclose(hat_weights(size, places) @ values, expected, atol=1e-12)
 
 
 def test_trilinear_hits_control_values_where_voxels_and_control_points_meet():
