@@ -1,6 +1,7 @@
 """GridReg: sizes, symmetries and the identity it starts from."""
 
 import dataclasses
+import functools
 import textwrap
 from pathlib import Path
 
@@ -268,10 +269,13 @@ def test_a_second_iteration_adds_what_the_network_finds_on_the_warped_image():
     fixed, moving = images()
     params = random_params(iterations=1, **TINY)
     options = dict(grid_size=(4, 5, 4))
-    once = build("gridreg", iterations=1, **TINY)
-    first = once.apply(params, fixed, moving, **options)
-    second = once.apply(params, fixed, warp(moving, first.displacement), **options)
-    both = build("gridreg", iterations=2, **TINY).apply(params, fixed, moving, **options)
+    once, twice = (
+        jax.jit(functools.partial(build("gridreg", iterations=iterations, **TINY).apply, **options))
+        for iterations in (1, 2)
+    )
+    first = once(params, fixed, moving)
+    second = once(params, fixed, warp(moving, first.displacement))
+    both = twice(params, fixed, moving)
     np.testing.assert_allclose(both.control_grid, first.control_grid + second.control_grid, atol=1e-4)
 
 
@@ -327,7 +331,7 @@ def test_a_bounded_head_stays_within_its_bound():
     half = (np.array(SHAPE) - 1) / 2
     for bound in (0.1, 1.0):
         model = build("gridreg", **TINY, bound=bound)
-        grid = model.apply(params, *images(), grid_size=(5, 4, 6)).control_grid
+        grid = jax.jit(functools.partial(model.apply, grid_size=(5, 4, 6)))(params, *images()).control_grid
         assert np.all(np.abs(grid) <= bound * half + 1e-4)
         assert np.abs(grid).max() > 0.5 * bound * half.min()
 
@@ -368,10 +372,11 @@ def test_the_variance_of_the_bayesian_head_starts_at_what_the_images_say():
         for image in (texture, ndimage.shift(texture, shift, mode="nearest"))
     ]
     model = build("gridreg", **TINY | dict(bayesian=True))
-    start = model.init_with_output(jax.random.key(0), *pair, grid_size=(5, 5, 5))[0]
+    predict = jax.jit(lambda *pair: model.init_with_output(jax.random.key(0), *pair, grid_size=(5, 5, 5))[0])
+    start = predict(*pair)
     inner = np.exp(start.log_variance[:, 1:-1, 1:-1, 1:-1])
     assert np.median(inner) == pytest.approx(np.mean(np.square(shift)), rel=0.3)
-    same = model.init_with_output(jax.random.key(0), pair[0], pair[0], grid_size=(5, 5, 5))[0]
+    same = predict(pair[0], pair[0])
     assert np.exp(same.log_variance).max() < 0.001
 
 

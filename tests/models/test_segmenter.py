@@ -1,5 +1,7 @@
 """The segmenter, and the network that sees what it tells."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +53,7 @@ def test_it_learns_from_labels_alone_and_the_rest_sees_what_it_tells():
             prediction = model.apply(params, fixed, moving, grid_size=GRID)
             return objective(prediction, batch, interpolator="trilinear", num_labels=2, **weights)[0].sum()
 
-        return jax.grad(loss)(params)["params"]
+        return jax.jit(jax.grad(loss))(params)["params"]
 
     def moves(tree):
         return any(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(tree))
@@ -62,7 +64,8 @@ def test_it_learns_from_labels_alone_and_the_rest_sees_what_it_tells():
     assert moves(of_labels.pop("segmenter")) and not moves(of_labels)
     other = jax.tree.map(lambda leaf: leaf, params)
     other["params"]["segmenter"] = jax.tree.map(jnp.negative, params["params"]["segmenter"])
-    one, two = (model.apply(p, fixed, moving, grid_size=GRID).control_grid for p in (params, other))
+    control_grid = jax.jit(lambda params: model.apply(params, fixed, moving, grid_size=GRID).control_grid)
+    one, two = map(control_grid, (params, other))
     assert jnp.abs(one - two).max() > 1e-3
 
 
@@ -71,7 +74,8 @@ def test_it_sees_one_image_at_a_time():
     model = build("gridreg", **TINY)
     params = random_params(model, fixed, moving, grid_size=GRID)
     pairs = (fixed, moving), (moving, fixed)
-    there, back = (model.apply(params, *pair, grid_size=GRID).segmentation for pair in pairs)
+    segment = jax.jit(lambda *pair: model.apply(params, *pair, grid_size=GRID).segmentation)
+    there, back = (segment(*pair) for pair in pairs)
     for one, other in zip(there, back[::-1], strict=True):
         assert one.shape == (1, *SHAPE, 3)
         np.testing.assert_allclose(one, other, atol=1e-4)
@@ -82,9 +86,10 @@ def test_a_second_iteration_sees_the_warped_maps():
     fixed, moving = images()
     once, twice = (build("gridreg", iterations=iterations, **TINY) for iterations in (1, 2))
     params = random_params(once, fixed, moving, grid_size=GRID)
-    first = once.apply(params, fixed, moving, grid_size=GRID)
+    first = jax.jit(functools.partial(once.apply, grid_size=GRID))(params, fixed, moving)
     of_fixed, of_moving = (jax.nn.softmax(logits)[..., 1:] for logits in first.segmentation)
     warped = warp(jnp.concatenate([moving, of_moving], axis=-1), first.displacement)
-    second = once.apply(params, jnp.concatenate([fixed, of_fixed], axis=-1), warped, GRID, method="_run")
-    both = twice.apply(params, fixed, moving, grid_size=GRID).control_grid
+    run = jax.jit(functools.partial(once.apply, grid_size=GRID, method="_run"))
+    second = run(params, jnp.concatenate([fixed, of_fixed], axis=-1), warped)
+    both = jax.jit(functools.partial(twice.apply, grid_size=GRID))(params, fixed, moving).control_grid
     np.testing.assert_allclose(both, first.control_grid + second, atol=1e-4)
