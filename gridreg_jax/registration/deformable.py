@@ -24,8 +24,6 @@ from gridreg_jax.transforms import bspline
 from gridreg_jax.transforms.certificate import Certificate, certify
 from gridreg_jax.transforms.interpolation import axis_weights, interpolate
 
-# Voxels of the finest lattice: 2 mm for a brain of 1 mm.
-BUDGET = 750_000
 # A side of fewer voxels need not be a multiple of 8.
 LEAST_SHARED = 24
 # Voxels of the finest lattice by which the moving image's reaches beyond the fixed one's on every side: what a map may
@@ -63,16 +61,30 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Stages, and the length of a cell of the last one, in voxels of the finest lattice."""
+    """Stages, and the lattices they are on.
 
+    Attributes:
+      voxels: of the finest lattice, about, unless the image has fewer.
+      cell: length of a cell of the last control grid, in voxels of the finest lattice.
+      stages: in their order.
+    """
+
+    voxels: int
     cell: float
     stages: tuple[Stage, ...]
 
 
 PRESETS = {
-    "fast": Preset(5.0, (Stage(2, 2, 20, 3.0), Stage(2, 1, 20, 3.0), Stage(2, 0, 20, 2.0))),
-    "balanced": Preset(4.0, (Stage(2, 2, 25, 2.0), Stage(2, 1, 25, 2.0), Stage(2, 0, 25, 0.5), Stage(1, 0, 18, 0.5))),
-    "accurate": Preset(2.5, (Stage(2, 3, 30, 2.0), Stage(2, 2, 30, 2.0), Stage(2, 1, 40, 0.3), Stage(1, 0, 80, 0.3))),
+    # 2 mm for a brain of 1 mm
+    "fast": Preset(750_000, 5.0, (Stage(2, 2, 20, 3.0), Stage(2, 1, 20, 3.0), Stage(2, 0, 20, 2.0))),
+    # 1.7 mm
+    "balanced": Preset(
+        1_200_000, 3.5, (Stage(2, 2, 20, 2.0), Stage(2, 1, 20, 2.0), Stage(2, 0, 20, 0.5), Stage(1, 0, 14, 0.5))
+    ),
+    # 1.5 mm
+    "accurate": Preset(
+        1_800_000, 2.5, (Stage(2, 3, 30, 2.0), Stage(2, 2, 30, 2.0), Stage(2, 1, 40, 0.3), Stage(1, 0, 60, 0.3))
+    ),
 }
 
 
@@ -100,15 +112,15 @@ def refining(preset: Preset, steps: int) -> Preset:
     return dataclasses.replace(preset, stages=tuple(stage for stage in stages if stage.steps) or (stages[-1],))
 
 
-def finest_shape(fixed: Volume) -> tuple[int, int, int]:
+def finest_shape(fixed: Volume, voxels: int) -> tuple[int, int, int]:
     """Voxels an axis of the finest lattice for a fixed image.
 
-    Isotropic where the image is fine enough, hardly finer than the image, and not many more voxels than `BUDGET`. Sides
-    are multiples of 8, but for those of few or thick slices, so that images of about one size share compiled programs.
+    Isotropic where the image is fine enough, hardly finer than the image, and not many more voxels than asked for.
+    Sides are multiples of 8, but for those of few or thick slices, so that images of about one size share programs.
     """
     shape, spacing = np.array(fixed.array.shape), geometry.spacing(fixed.affine)
     step = spacing.min()
-    while np.prod(size := np.minimum(shape, (shape - 1) * spacing / step + 1)) > BUDGET:
+    while np.prod(size := np.minimum(shape, (shape - 1) * spacing / step + 1)) > voxels:
         step *= 1.02
     whole = np.where(shape < LEAST_SHARED, shape, 8 * np.ceil(shape / 8))
     fewer = np.minimum(shape, np.maximum(8, 8 * np.rint(size / 8)))

@@ -237,7 +237,8 @@ def register(
     matrix = given_affine(affine)
     with ThreadPoolExecutor(2) as pool:
         fixed, moving = pool.map(_loaded, (fixed, moving))
-        fixed_working, moving_working = pool.map(_at_work, (fixed, moving))
+        at_work = functools.partial(_at_work, voxels=PRESETS[preset].voxels)
+        fixed_working, moving_working = pool.map(at_work, (fixed, moving))
     mask = mask if mask is None or isinstance(mask, Volume) else nifti.load_labels(mask, like=fixed)
     if mask is not None and not mask.array.any():
         raise InputError(f"{mask.path}: the mask is 0 everywhere")
@@ -360,9 +361,9 @@ def _loaded(source: Source | Volume) -> Volume:
     return source if isinstance(source, Volume) else nifti.load_image(source, placed=True)
 
 
-def _at_work(volume: Volume) -> Volume:
-    """Normalised, on the finest lattice that registration works on."""
-    shape = deformable.finest_shape(volume)
+def _at_work(volume: Volume, voxels: int) -> Volume:
+    """Normalised, on the finest lattice that registration works on, of about so many voxels."""
+    shape = deformable.finest_shape(volume, voxels)
     affine = corner_to_corner(volume, shape)
     array = resample(dataclasses.replace(volume, array=normalise(volume.array)), affine, shape)
     return Volume(array, affine, volume.path)

@@ -9,11 +9,12 @@ from gridreg_jax import geometry
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.errors import InputError
 from gridreg_jax.registration import deformable
-from gridreg_jax.registration.deformable import BUDGET, PRESETS, Preset, Stage, deform, finest_shape, refining
+from gridreg_jax.registration.deformable import PRESETS, Preset, Stage, deform, finest_shape, refining
 from gridreg_jax.transforms.interpolation import axis_weights
 
 SHAPE = (32, 36, 30)
-QUICK = Preset(4.0, (Stage(2, 1, 30, 2.0), Stage(1, 0, 20, 2.0)))
+BUDGET = 750_000
+QUICK = Preset(BUDGET, 4.0, (Stage(2, 1, 30, 2.0), Stage(1, 0, 20, 2.0)))
 
 
 def volume(shape, spacing):
@@ -21,12 +22,12 @@ def volume(shape, spacing):
 
 
 def test_the_working_lattice_keeps_to_its_budget():
-    assert finest_shape(volume((162, 214, 167), (1, 1, 1))) == (80, 104, 88)
+    assert finest_shape(volume((162, 214, 167), (1, 1, 1)), BUDGET) == (80, 104, 88)
     # Small images share shapes, slices stay as few as they are.
-    assert finest_shape(volume((30, 40, 50), (1, 1, 1))) == (32, 40, 56)
-    assert finest_shape(volume((100, 100, 10), (1, 1, 9))) == (104, 104, 10)
-    assert finest_shape(volume((300, 300, 20), (1, 1, 0.5)))[2] == 8
-    thick = finest_shape(volume((512, 512, 20), (0.5, 0.5, 5.0)))
+    assert finest_shape(volume((30, 40, 50), (1, 1, 1)), BUDGET) == (32, 40, 56)
+    assert finest_shape(volume((100, 100, 10), (1, 1, 9)), BUDGET) == (104, 104, 10)
+    assert finest_shape(volume((300, 300, 20), (1, 1, 0.5)), BUDGET)[2] == 8
+    thick = finest_shape(volume((512, 512, 20), (0.5, 0.5, 5.0)), BUDGET)
     assert thick[2] == 20 and 0.8 * BUDGET < np.prod(thick) < 1.2 * BUDGET
 
 
@@ -104,7 +105,7 @@ def test_what_is_loaded_is_what_is_run(known, monkeypatch, options):
 
 def test_a_map_that_folds_is_mended(known, monkeypatch):
     fixed, moving, _ = known
-    careless = Preset(2.0, (Stage(1, 0, 40, 1e-4),))
+    careless = Preset(BUDGET, 2.0, (Stage(1, 0, 40, 1e-4),))
     other = dataclasses.replace(fixed, array=np.ascontiguousarray(fixed.array[::-1, ::-1]))
     monkeypatch.setattr(deformable, "SMOOTHINGS", 0)
     _, certificate, *_ = deform(other, moving, np.eye(4), preset=careless)
@@ -118,7 +119,7 @@ def test_a_map_that_folds_is_mended(known, monkeypatch):
 def test_the_last_control_grid_can_be_chosen(known, grid, size):
     fixed, moving, _ = known
     stage = dataclasses.replace(QUICK.stages[0], halvings=0, steps=1)
-    control_grid, *_ = deform(fixed, moving, np.eye(4), preset=Preset(4.0, (stage,)), grid=grid)
+    control_grid, *_ = deform(fixed, moving, np.eye(4), preset=Preset(BUDGET, 4.0, (stage,)), grid=grid)
     assert control_grid.shape[:3] == size
 
 
@@ -147,5 +148,5 @@ def test_what_follows_a_network_has_the_last_grid_alone_and_every_step(preset, s
 
 
 def test_the_steps_after_a_network_are_shared_as_in_the_preset():
-    stages = refining(PRESETS["balanced"], 20).stages  # 25 and 18 there
+    stages = refining(PRESETS["balanced"], 20).stages  # 20 and 14 there
     assert [(stage.coarsening, stage.steps) for stage in stages] == [(2, 12), (1, 8)]
