@@ -37,7 +37,7 @@ INVERSE_ITERATIONS, POINT_ITERATIONS, RELAXATION = 12, 100, 0.7
 # so many of these. They cannot go far astray, and are to bring most of it.
 FINISHING_VOXELS, FINISHING_ITERATIONS, FINISHING_RELAXATION = 20_000_000, (2, 10), 0.9
 # Of the dense inverse, and of u for it, unless the images have more: between voxels both are taken as linear.
-INVERSE_VOXELS = 1_100_000
+INVERSE_VOXELS = 2_200_000
 METHODS = (*instance.METHODS, "ncf")
 
 
