@@ -237,7 +237,8 @@ def register(
     matrix = given_affine(affine)
     with ThreadPoolExecutor(2) as pool:
         fixed, moving = pool.map(_loaded, (fixed, moving))
-        at_work = functools.partial(_at_work, voxels=PRESETS[preset].voxels)
+        # Every one of the many steps of ncf is on the finest lattice: it gets the smallest.
+        at_work = functools.partial(_at_work, voxels=PRESETS["fast" if method == "ncf" else preset].voxels)
         fixed_working, moving_working = pool.map(at_work, (fixed, moving))
     mask = mask if mask is None or isinstance(mask, Volume) else nifti.load_labels(mask, like=fixed)
     if mask is not None and not mask.array.any():
