@@ -15,8 +15,9 @@ from gridreg_jax.data.preprocess import Lattice, lattice_affine, place
 from gridreg_jax.errors import InputError
 from gridreg_jax.models import build
 from gridreg_jax.models.prediction import Prediction
+from gridreg_jax.registration import deformable, network
 from gridreg_jax.registration import register as call
-from gridreg_jax.registration.deformable import PRESETS, Stage, deform
+from gridreg_jax.registration.deformable import PRESETS, Stage, StageResult, deform
 from gridreg_jax.registration.network import propose
 from gridreg_jax.training import trained
 from gridreg_jax.training.trained import Trained
@@ -169,6 +170,18 @@ def test_ncf_finds_a_known_deformation(phantom, lattice):
     points = np.random.default_rng(0).uniform(-25, 25, (200, 3))
     errors, before = (np.linalg.norm(end - true(points), axis=-1).mean() for end in (found.map_points(points), points))
     assert errors < 0.4 * before
+
+
+@pytest.mark.parametrize(("options", "voxels"), [({}, 8000), ({"method": "ncf"}, 1000)])
+def test_the_lattice_is_that_of_the_preset_and_the_smallest_for_ncf(pair, monkeypatch, options, voxels):
+    for preset, budget in (("fast", 1000), ("balanced", 8000)):
+        monkeypatch.setitem(PRESETS, preset, dataclasses.replace(PRESETS[preset], voxels=budget))
+    monkeypatch.setattr(network, "fit_ncf", lambda fixed, *_: np.zeros((*fixed.array.shape, 3), np.float32))
+    nothing = StageResult((4, 4, 4), SHAPE, ())
+    monkeypatch.setattr(deformable, "load", lambda *_, **__: None)
+    monkeypatch.setattr(deformable, "_run", lambda *_, **__: (np.zeros((4, 4, 4, 3), np.float32), nothing))
+    found = call(*pair, affine=pair[1].affine @ np.linalg.inv(pair[0].affine), **options)
+    assert 0.4 * voxels < found.fixed_working.array.size < 1.2 * voxels
 
 
 class Elsewhere(nn.Module):
