@@ -167,17 +167,21 @@ def deform(
       InputError: a control grid that is too coarse or too fine for the image.
     """
     cells = last_cells(fixed, preset, grid)
-    shape, images, results = fixed.array.shape, {}, []
+    shape, results = fixed.array.shape, []
     control_grid = None if start is None else _fitted(start, _grid_size(cells, preset.stages[0]))
     options = dict(similarity=similarity, method=method, from_start=start is not None)
-    for stage in preset.stages:
-        if stage.coarsening not in images:
-            images[stage.coarsening] = on_lattice(
-                fixed, moving, mask, matrix, stage.coarsening, margin=MARGIN, label_maps=label_maps
+    with ThreadPoolExecutor(1) as pool:
+        # The finer images are made while the first stages run.
+        images = {
+            coarsening: pool.submit(
+                on_lattice, fixed, moving, mask, matrix, coarsening, margin=MARGIN, label_maps=label_maps
             )
-        control_grid, result = _run(control_grid, shape, images[stage.coarsening], stage, cells, **options)
-        results.append(result)
-        notify(result)
+            for coarsening in dict.fromkeys(stage.coarsening for stage in preset.stages)
+        }
+        for stage in preset.stages:
+            control_grid, result = _run(control_grid, shape, images[stage.coarsening].result(), stage, cells, **options)
+            results.append(result)
+            notify(result)
     target = None if method == "grid" else np.asarray(_flow(control_grid[None], shape)[0])
     if target is not None:
         control_grid = _fitted(target, control_grid.shape[:3])
