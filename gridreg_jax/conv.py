@@ -67,13 +67,17 @@ def _slices(x, kernel, stride, in_loop):
 
 @functools.partial(jax.jit, static_argnames="stride")
 def _written_out(channels, kernel, *, stride: int):
-    """One sum of products, voxel of the kernel by voxel: XLA makes a single loop of it, over the features at once."""
-    size, total = kernel.shape[0], 0
+    """Sums of products, voxel of the kernel by voxel: XLA makes a single loop of them, over the features at once.
+
+    A sum for every slice of the kernel: in a single one each product would wait for those before (a fifth slower).
+    """
+    size = kernel.shape[0]
+    sums = [0] * size
     for place in itertools.product(range(size), repeat=3):
         spans = [slice(i, 1 - size + i + n, stride) for i, n in zip(place, channels[0].shape[1:], strict=True)]
         for padded, weights in zip(channels, kernel[place], strict=True):
-            total += padded[:, *spans, None] * weights
-    return total
+            sums[place[0]] += padded[:, *spans, None] * weights
+    return sum(sums)
 
 
 def _by_slices(x, kernel, stride: int, padding: int):
