@@ -68,8 +68,8 @@ def get_config() -> ConfigDict:
     config.augmentation.ramp = 0  # steps over which the spatial ones grow to their size
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.name = "muon"  # "adam", "adamax", "amsgrad", "sgd"
+    config.optimizer.learning_rate = 5e-3
     config.optimizer.decay = True  # along a cosine after a linear rise;
     config.optimizer.power = 0.0  # if not 0: as a power of the share of the steps that is left
     config.optimizer.clip = 1.0
@@ -99,6 +99,7 @@ def paper(config: ConfigDict, *, training_pairs: int) -> ConfigDict:
     config.model.iterations = 1
     # 2e5 for displacements in half volumes, where u = 2 u_voxels / X: 48.8 at 128 voxels.
     config.loss.bending = 2e5 * (2 / config.data.shape[0]) ** 2
+    config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-4
     config.optimizer.decay = False
     config.optimizer.clip = 0.0

@@ -31,8 +31,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.augmentation.noise = 0.02
     config.refinement.steps = 40
     config.batch_size = 2
-    config.steps = 4500
-    config.val_every = 1500
+    config.steps = 3000
+    config.val_every = 1000
     config.checkpoint_every = 500
     if variant == "cpu":
         config.steps = 800

@@ -1,10 +1,40 @@
 """Optimisers by name."""
 
+import jax
 import optax
 
 from gridreg_jax.errors import InputError
 
-OPTIMIZERS = {"adam": optax.adam, "adamax": optax.adamax, "amsgrad": optax.amsgrad, "sgd": optax.sgd}
+
+def muon(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Momentum whose matrices are made orthogonal: every direction of a kernel learns at one pace, however noisy.
+
+    So are the kernels (those of convolutions as matrices from what they see to their features) except a network's
+    heads; those and whatever is no kernel are left to Adam (with Nesterov's momentum). Updates are as large as Adam's,
+    so that a rate suits both.
+
+    Source: Jordan et al., 2024, "Muon: an optimizer for hidden layers"; the size of updates: Liu et al., 2025, "Muon is
+    scalable for LLM training".
+    """
+    return optax.contrib.muon(learning_rate, muon_weight_dimension_numbers=_matrices, consistent_rms=0.2)
+
+
+def _matrices(params):
+    """Which axes of a kernel are a matrix's rows and columns; None for what is not made orthogonal."""
+
+    def of(path, leaf):
+        names = [entry.key for entry in path]
+        if names[-1] != "kernel" or "head" in names:
+            return None
+        last = leaf.ndim - 1
+        # Of a scan, which has a kernel for each of its steps, every one is a matrix by itself.
+        rows = range(last) if leaf.ndim == 5 else (last - 1,)
+        return optax.contrib.MuonDimensionNumbers(tuple(rows), (last,))
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+OPTIMIZERS = {"adam": optax.adam, "adamax": optax.adamax, "amsgrad": optax.amsgrad, "muon": muon, "sgd": optax.sgd}
 
 
 def build_optimizer(

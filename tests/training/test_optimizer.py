@@ -1,7 +1,8 @@
-"""Optimisers: the schedules of their learning rates."""
+"""Optimisers: the schedules of their learning rates, and what they do to matrices."""
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gridreg_jax.errors import InputError
@@ -28,6 +29,40 @@ def test_the_learning_rate_is_constant_or_falls_along_a_cosine_or_as_a_power():
     np.testing.assert_allclose(rates(100, decay=True), [0, 0.25, *cosine], rtol=1e-5, atol=1e-7)
 
 
+def test_muon_moves_all_directions_of_a_kernel_alike_and_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+
+    def steep(rows, columns):
+        """A gradient whose singular values fall from 1 to 0.01."""
+        left, right = (np.linalg.qr(rng.normal(size=(n, min(rows, columns))))[0] for n in (rows, columns))
+        return (left * np.geomspace(1, 0.01, min(rows, columns))) @ right.T
+
+    gradients = {
+        "level0": {"kernel": steep(27 * 4, 8).reshape(3, 3, 3, 4, 8), "bias": rng.normal(size=8)},
+        "scanned": {"kernel": np.stack([steep(16, 32), 1e-3 * steep(16, 32)])},
+        "projection": {"kernel": steep(16, 12)},
+        "head": {"kernel": steep(32, 3), "bias": rng.normal(size=3)},
+    }
+    gradients = {name: {k: jnp.asarray(v, jnp.float32) for k, v in one.items()} for name, one in gradients.items()}
+
+    def update(optimizer):
+        found, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
+        return found
+
+    orthogonal = update(build_optimizer(name="muon", learning_rate=0.1, steps=1))
+    adam = update(optax.nadam(0.1))
+    matrices = [orthogonal["level0"]["kernel"].reshape(-1, 8), orthogonal["projection"]["kernel"]]
+    for found in (*matrices, *orthogonal["scanned"]["kernel"]):
+        singular = np.linalg.svd(found, compute_uv=False)
+        np.testing.assert_allclose(singular, 0.1 * 0.2 * max(found.shape) ** 0.5, rtol=0.4)  # roughly
+        assert optax.tree.norm(found) < optax.tree.norm(jnp.full(found.shape, 0.1))
+    # Downhill, and along the same singular directions.
+    for name in ("level0", "projection"):
+        assert jnp.vdot(orthogonal[name]["kernel"], gradients[name]["kernel"]) < 0
+    for name, part in (("level0", "bias"), ("head", "kernel"), ("head", "bias")):
+        np.testing.assert_allclose(orthogonal[name][part], adam[name][part], rtol=1e-5)
+
+
 def test_an_unknown_optimizer_is_named():
-    with pytest.raises(InputError, match="optimizer.name: 'adm' is not known; known are adam, adamax, amsgrad, sgd"):
+    with pytest.raises(InputError, match="'adm' is not known; known are adam, adamax, amsgrad, muon, sgd"):
         build_optimizer(name="adm", steps=1)
