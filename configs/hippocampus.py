@@ -35,6 +35,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.val_every = 1000
     config.checkpoint_every = 500
     if variant == "cpu":
-        config.steps = 800
-        config.val_every = 800
+        config.steps = 1000
+        config.val_every = 1000
     return default.use_model(config, model)
