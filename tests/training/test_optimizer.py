@@ -51,14 +51,16 @@ def test_muon_moves_all_directions_of_a_kernel_alike_and_leaves_the_rest_to_adam
 
     orthogonal = update(build_optimizer(name="muon", learning_rate=0.1, steps=1))
     adam = update(optax.nadam(0.1))
-    matrices = [orthogonal["level0"]["kernel"].reshape(-1, 8), orthogonal["projection"]["kernel"]]
-    for found in (*matrices, *orthogonal["scanned"]["kernel"]):
-        singular = np.linalg.svd(found, compute_uv=False)
-        np.testing.assert_allclose(singular, 0.1 * 0.2 * max(found.shape) ** 0.5, rtol=0.4)  # roughly
-        assert optax.tree.norm(found) < optax.tree.norm(jnp.full(found.shape, 0.1))
-    # Downhill, and along the same singular directions.
-    for name in ("level0", "projection"):
-        assert jnp.vdot(orthogonal[name]["kernel"], gradients[name]["kernel"]) < 0
+
+    def matrices(tree):
+        return tree["level0"]["kernel"].reshape(-1, 8), tree["projection"]["kernel"], *tree["scanned"]["kernel"]
+
+    for found, gradient in zip(matrices(orthogonal), matrices(gradients), strict=True):
+        left, _, right = np.linalg.svd(gradient, full_matrices=False)
+        # Downhill along every singular direction of the gradient, by about as much along each.
+        along = left.T @ found @ right.T / (0.1 * 0.2 * max(found.shape) ** 0.5)
+        np.testing.assert_allclose(np.diag(along), -1, atol=0.4)
+        np.testing.assert_allclose(along, np.diag(np.diag(along)), atol=1e-3)
     for name, part in (("level0", "bias"), ("head", "kernel"), ("head", "bias")):
         np.testing.assert_allclose(orthogonal[name][part], adam[name][part], rtol=1e-5)
 
