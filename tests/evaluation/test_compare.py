@@ -70,3 +70,11 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained():
     config.steps = 1
     with pytest.raises(ValueError, match="steps is 1: keymorph needs 2 or more"):
         configs.stages_of(config, "keymorph")
+
+
+def test_every_system_has_the_optimiser_that_the_rates_are_for():
+    config = configs.get_config()
+    stages = [stage for system in config.systems for stage in configs.stages_of(config, system)]
+    optimizers = [stage.optimizer.to_dict() | {"learning_rate": None} for stage in stages]
+    assert all(optimizer == optimizers[0] for optimizer in optimizers)
+    assert optimizers[0]["name"] == "adam"
