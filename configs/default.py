@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
     config.loss.grid = 1.0
     config.loss.dice = 0.0
     config.loss.bending = 10.0  # per squared voxel; `paper` below converts the paper's
+    config.loss.folding = 0.0  # of Jacobian determinants below 0.25
     config.loss.gradient = 0.0  # of squared first differences of the velocity or the displacement
     config.loss.kl = 0.0  # of the divergence of a velocity's posterior from a smooth prior,
     config.loss.kl_precision = 10.0  # and that prior's precision
@@ -78,7 +79,7 @@ def get_config() -> ConfigDict:
     config.refinement.steps = 0
     config.refinement.bending = 3.0  # per squared voxel, of the change
     config.refinement.overlap = 1.0  # of the labels that a segmenter predicts
-    config.refinement.folding = 100.0  # of Jacobian determinants below 0.25, with the cubic spline
+    config.refinement.folding = 100.0  # of Jacobian determinants below 0.25
     config.refinement.learning_rate = 0.2  # voxels
 
     config.grid_sizes = (5, 8, 10, 15)  # control points an axis, drawn as often as listed; () for a model without
@@ -146,7 +147,7 @@ def use_model(config: ConfigDict, name: str) -> ConfigDict:
         # The authors' rule: a window as large as the coarsest grid, a 32nd of the image.
         config.model.window = tuple(-(-size // 32) for size in config.data.shape)
     config.optimizer.update(model["optimizer"])
-    config.loss.update(grid=0.0, bending=0.0, **model["loss"][config.loss.similarity])
+    config.loss.update(grid=0.0, bending=0.0, folding=0.0, **model["loss"][config.loss.similarity])
     config.augmentation.update(model.get("augmentation", {}))
     config.refinement.steps = 0
     config.grid_sizes = ()

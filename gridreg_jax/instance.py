@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from gridreg_jax.errors import InputError
-from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map, soft_dice_of_probabilities
-from gridreg_jax.transforms.bspline import jacobian_determinant_on_lattice
+from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map, folding_penalty, soft_dice_of_probabilities
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import half_lattice, integrate, warp
 
@@ -21,8 +20,6 @@ METHODS = ("grid", "velocity", "symmetric")
 STRIDE = 2
 # Of a velocity at half the resolution.
 SQUARINGS = 6
-# Jacobian determinants below this are penalised: above 0, since between the voxels they are lower still.
-MARGIN = 0.25
 
 
 def refine_recorded(
@@ -58,8 +55,7 @@ def refine_recorded(
       mask: weight of each voxel in the similarity and in the overlap.
       label_maps: probabilities of labels in the fixed and in the moving image, whose overlap is to grow too.
       overlap: weight of that, `losses.soft_dice_of_probabilities`.
-      folding: weight of the mean square by which Jacobian determinants at the voxels fall short of `MARGIN`; None for
-        no such term. For the cubic spline, and displacements, only.
+      folding: weight of `losses.folding_penalty`; None for no such term.
       method: a name in `METHODS`.
       from_start: the bending energy is that of the change from the start, not that of the map: what a network has
         learnt of maps, from labels too, is kept.
@@ -68,16 +64,11 @@ def refine_recorded(
       The control grid, and the similarity before each step.
 
     Raises:
-      InputError: `folding` with another interpolator, or with a velocity; a lattice of `moving` that does not have that
-        of `fixed` in its middle.
+      InputError: a lattice of `moving` that does not have that of `fixed` in its middle.
 
     Source: instance-specific optimisation, Balakrishnan et al., IEEE Trans. Med. Imaging 2019; velocities, Ashburner,
     NeuroImage 2007; both directions, Avants et al., Medical Image Analysis 2008.
     """
-    if folding is not None and (interpolator != "bspline" or method != "grid"):
-        raise InputError(
-            f"the penalty on folding needs the cubic spline of displacements, not {interpolator!r} and {method!r}"
-        )
     shape = fixed.shape[1:4]
     longer = [long - size for long, size in zip(moving.shape[1:4], shape, strict=True)]
     if any(more < 0 or more % 2 for more in longer):
@@ -104,8 +95,7 @@ def refine_recorded(
         change, field = (grid - control_grid, field - start) if from_start else (grid, field)
         penalty = bending * bending_energy_of_map(field, change, interpolator)
         if folding is not None:
-            shortfall = jnp.maximum(MARGIN - jacobian_determinant_on_lattice(grid, shape), 0)
-            penalty += folding * jnp.mean(shortfall**2, axis=(1, 2, 3))
+            penalty += folding * folding_penalty(displacement, grid if method == "grid" else None, interpolator)
         return jnp.sum(unlike + penalty), unlike
 
     return descend(loss, control_grid, steps=steps, learning_rate=learning_rate)

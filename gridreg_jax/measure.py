@@ -42,9 +42,9 @@ def make_predict(model: nn.Module, *, refinement: dict | None = None) -> Callabl
     Bayesian head, warped labels and the variance of the displacement.
 
     Args:
-      refinement: `steps`, `bending`, `learning_rate`, `overlap` (with a segmenter) and `folding` (for the cubic spline)
-        of the instance optimisation that follows a network which predicts a control grid (see `instance.refine`; the
-        variance stays the network's); None, or no steps: none.
+      refinement: `steps`, `bending`, `learning_rate`, `overlap` (with a segmenter) and `folding` of the instance
+        optimisation that follows a network which predicts a control grid (see `instance.refine`; the variance stays
+        the network's); None, or no steps: none.
     """
 
     options = freeze(refinement) if refinement and refinement["steps"] else None
@@ -61,8 +61,7 @@ def _predict(params, batch: dict[str, jax.Array], *, model, grid_size, refinemen
     prediction = model.apply(params, batch["fixed"], batch["moving"], grid_size=grid_size)
     displacement = prediction.displacement
     if refinement:
-        interpolator = model.interpolator
-        options = dict(refinement) if interpolator == "bspline" else {**refinement, "folding": None}
+        interpolator, options = model.interpolator, dict(refinement)
         # What one of the images does not show draws nothing: the border of its view is no edge of what it shows.
         if "fixed_known" in batch:
             moving_known = batch["moving_known"].astype(jnp.float32)[..., None]

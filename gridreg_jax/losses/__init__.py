@@ -8,7 +8,13 @@ from gridreg_jax.losses.overlap import (
     soft_dice_of_maps,
     soft_dice_of_probabilities,
 )
-from gridreg_jax.losses.regularity import bending_energy, bending_energy_of_map, diffusion_energy, kl_to_smooth
+from gridreg_jax.losses.regularity import (
+    bending_energy,
+    bending_energy_of_map,
+    diffusion_energy,
+    folding_penalty,
+    kl_to_smooth,
+)
 from gridreg_jax.losses.similarity import (
     lncc,
     mind,
@@ -30,6 +36,7 @@ __all__ = [
     "bending_energy",
     "bending_energy_of_map",
     "diffusion_energy",
+    "folding_penalty",
     "kl_to_smooth",
     "lncc",
     "mind",

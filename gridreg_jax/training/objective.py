@@ -11,6 +11,7 @@ from gridreg_jax.losses import (
     SIMILARITIES,
     bending_energy_of_map,
     diffusion_energy,
+    folding_penalty,
     kl_to_smooth,
     one_hot,
     segmentation_loss,
@@ -35,6 +36,7 @@ def objective(
     grid: float = 1.0,
     dice: float = 0.0,
     bending: float = 1.0,
+    folding: float = 0.0,
     gradient: float = 0.0,
     kl: float = 0.0,
     kl_precision: float = 10.0,
@@ -61,10 +63,10 @@ def objective(
       num_labels: labels that are scored.
       similarity, grid_similarity: names in `losses.SIMILARITIES`, for whole images and for their values at the control
         points.
-      image, grid, dice, bending, gradient, kl: weights; a term of weight 0 is not computed. `bending` is in voxel
-        units: the paper's 2e5, for displacements in half volumes, is `2e5 (2 / X)^2` here, 49 at 128 voxels an axis.
-        `gradient` is of the mean squared forward difference, as in VoxelMorph: of the velocity if there is one, else
-        of the displacement. VoxelMorph's code doubles it for a velocity at half resolution; here the weight does that.
+      image, grid, dice, bending, folding, gradient, kl: weights; a term of weight 0 is not computed. `bending` is in
+        voxel units: the paper's 2e5, for displacements in half volumes, is `2e5 (2 / X)^2` here, 49 at 128 voxels an
+        axis. `gradient` is of the mean squared forward difference, as in VoxelMorph: of the velocity if there is one,
+        else of the displacement. VoxelMorph's code doubles it for a velocity at half resolution; here the weight does.
       keypoints: weight of the mean squared distance, in half lattices, of predicted keypoints from `fixed_points` and
         `moving_points` `[N, K, 3]` of the batch (voxels).
       segmentation: weight of a segmenter's cross-entropy and overlap with `fixed_labels` and `moving_labels`.
@@ -99,6 +101,8 @@ def objective(
         terms["dice"] = soft_dice(*labels, prediction.displacement, num_labels=num_labels)
     if bending:
         terms["bending"] = bending_energy_of_map(prediction.displacement, prediction.control_grid, interpolator)
+    if folding:
+        terms["folding"] = folding_penalty(prediction.displacement, prediction.control_grid, interpolator)
     if gradient:
         smooth = prediction.displacement if prediction.velocity is None else prediction.velocity
         terms["gradient"] = diffusion_energy(smooth) / 3
@@ -116,7 +120,7 @@ def objective(
     if prediction.log_variance is not None:
         warped = warp(moving, jax.lax.stop_gradient(prediction.displacement))
         terms["uncertainty"] = uncertainty_weighted_mse(fixed, warped, prediction.variance, penalty=penalty)
-    weights = dict(image=image, grid=grid, dice=dice, bending=bending)
+    weights = dict(image=image, grid=grid, dice=dice, bending=bending, folding=folding)
     weights |= dict(gradient=gradient, kl=kl, keypoints=keypoints)
     weights |= dict(segmentation=segmentation, uncertainty=uncertainty)
     return sum(weights[name] * value for name, value in terms.items()), terms

@@ -7,6 +7,8 @@ import pytest
 
 from gridreg_jax import losses
 from gridreg_jax.errors import InputError
+from gridreg_jax.transforms import bspline
+from gridreg_jax.transforms.interpolation import interpolate
 
 SHAPE = (7, 6, 8)
 X, Y, Z = np.indices(SHAPE).astype(float)
@@ -85,6 +87,28 @@ def test_gradient(energy):
     u, d = random_field(), random_field(2)[1:]
     slope = jnp.sum(jax.grad(lambda u: energy(u).sum())(u) * d)
     assert float(slope) == pytest.approx(float(energy(u + d)[0] - energy(u - d)[0]) / 2, rel=1e-3)
+
+
+def test_folding_of_an_affine_field():
+    def penalty(*components):
+        return losses.folding_penalty(field(*components), None, "trilinear")
+
+    np.testing.assert_allclose(penalty(-0.9 * X, 0, 0), (0.25 - 0.1) ** 2, rtol=1e-4)
+    np.testing.assert_allclose(penalty(-1.5 * X, Z, 0), (0.25 + 0.5) ** 2, rtol=1e-4)
+    np.testing.assert_allclose(penalty(-0.7 * X, Z, 0), 0)
+
+
+def test_folding_of_a_spline_and_of_its_dense_field():
+    control_grid = 2 * jax.random.normal(jax.random.key(0), (2, 5, 6, 7, 3))
+    displacement = interpolate(control_grid, SHAPE, method="bspline")
+    voxels = jnp.asarray(np.indices(SHAPE).reshape(3, -1).T, jnp.float32)
+    determinants = np.linalg.det(bspline.jacobian(control_grid, voxels, SHAPE))
+    assert (determinants < 0).any(axis=1).all()
+    expected = np.mean(np.maximum(0.25 - determinants, 0) ** 2, axis=1)
+    np.testing.assert_allclose(losses.folding_penalty(displacement, control_grid, "bspline"), expected, rtol=1e-4)
+    central = np.linalg.det(np.eye(3) + np.stack(np.gradient(np.asarray(displacement), axis=(1, 2, 3)), axis=-1))
+    expected = np.mean(np.maximum(0.25 - central[:, 1:-1, 1:-1, 1:-1], 0) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(losses.folding_penalty(displacement, control_grid, "trilinear"), expected, rtol=1e-4)
 
 
 def test_divergence_from_a_smooth_prior():

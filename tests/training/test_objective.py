@@ -38,9 +38,10 @@ def keys(cases=2):
 
 def test_the_total_is_the_weighted_sum_and_a_weight_of_zero_saves_the_term():
     batch, control_grid = random_case()
-    total, terms = objective(predict(control_grid), batch, **PLAIN, image=2.0, grid=0.5, dice=0.7, bending=3.0)
-    assert terms.keys() == {"image", "grid", "dice", "bending"}
-    expected = 2.0 * terms["image"] + 0.5 * terms["grid"] + 0.7 * terms["dice"] + 3.0 * terms["bending"]
+    weights = dict(image=2.0, grid=0.5, dice=0.7, bending=3.0, folding=9.0)
+    total, terms = objective(predict(control_grid), batch, **PLAIN, **weights)
+    assert terms.keys() == weights.keys()
+    expected = sum(weight * terms[name] for name, weight in weights.items())
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     _, terms = objective(predict(control_grid), batch, **PLAIN, image=1.0, grid=0.0, dice=0.0, bending=0.0)
     assert terms.keys() == {"image"}
