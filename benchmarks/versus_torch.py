@@ -2,13 +2,15 @@
 
     pip install -e '.[bench]'
     python -m benchmarks.versus_torch [--shape 128 128 102] [--grid 10] [--repeats 7] [--out FILE]
+    python -m benchmarks.versus_torch --against published    # the network that the authors published, same losses
 
 A training step (batch 1: squared difference, soft Dice with two labels, bending energy, Adam) and an inference
 (network, interpolation, warp), by default at the size of the paper's prostate images. Each system has a process of its
 own, and the two run in turns: one run here, one run there, so that whatever else the computer does falls on both. Each
 measured run follows one that is not, as a step of a training follows another: the cores are awake and the other
 system's threads asleep. Before anything is measured, both must give the same displacement and the same loss from the
-same parameters. Ratios are ours over PyTorch's: below 1 is faster, or smaller, than PyTorch.
+same parameters (unless PyTorch's is the published network, which is another one). Ratios are ours over PyTorch's:
+below 1 is faster, or smaller, than PyTorch.
 
 Peak resident memory is that of processes which only train. Ours is measured twice: in a first start, which compiles the
 step and so includes XLA's compiler, and in a second one, which reads it from the cache, as every later start of
@@ -36,6 +38,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATE = 1e-4
 NUM_LABELS = 2
+AGAINST = ("same", "published")
 SYSTEMS = ("jax", "torch")
 WHAT = {"train": "training step", "inference": "inference"}
 
@@ -127,14 +130,19 @@ class Torch:
     def __init__(self, options, folder: Path):
         import torch
 
-        from benchmarks import torch_gridreg
+        from benchmarks import torch_gridreg, torch_published
 
         torch.set_num_threads(os.cpu_count())
         self.torch, self.gridreg, self.options = torch, torch_gridreg, options
         self.grid_size = (options.grid,) * 3
-        params = pickle.loads((folder / "params.pickle").read_bytes())
-        fields = dict(interpolator=options.interpolator, contrast_window=options.contrast_window)
-        self.model = torch_gridreg.load_flax_params(torch_gridreg.GridReg(**fields), params)
+        if options.against == "same":
+            params = pickle.loads((folder / "params.pickle").read_bytes())
+            self.interpolator = options.interpolator
+            fields = dict(interpolator=self.interpolator, contrast_window=options.contrast_window)
+            self.model = torch_gridreg.load_flax_params(torch_gridreg.GridReg(**fields), params)
+        else:
+            self.interpolator = "trilinear"
+            self.model = torch_published.PublishedGridReg()
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE, fused=True)
         self.batch = {name: torch.from_numpy(array) for name, array in make_batch(options.shape).items()}
@@ -147,7 +155,7 @@ class Torch:
             displacement,
             control_grid,
             self.batch,
-            interpolator=self.options.interpolator,
+            interpolator=self.interpolator,
             num_labels=NUM_LABELS,
             **weights(self.options.shape),
         ).mean()
@@ -187,7 +195,8 @@ class Child:
 
     def __init__(self, system: str, options, folder: str, *more: str):
         arguments = ["--shape", *map(str, options.shape), "--grid", str(options.grid)]
-        arguments += ["--interpolator", options.interpolator, "--contrast_window", str(options.contrast_window), *more]
+        arguments += ["--interpolator", options.interpolator, "--contrast_window", str(options.contrast_window)]
+        arguments += ["--against", options.against, *more]
         self.system = system
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.versus_torch", *arguments, "--system", system, "--folder", folder],
@@ -246,7 +255,7 @@ def measure(options) -> dict:
         first_start, *memory = (memory_of_training(system, options, folder) for system in ("jax", *SYSTEMS))
         with Child("jax", options, folder) as ours, Child("torch", options, folder) as theirs:
             children = {"jax": ours, "torch": theirs}
-            difference = check(children, folder)
+            difference = check(children, folder) if options.against == "same" else None
             runs = {what: {system: [] for system in SYSTEMS} for what in WHAT}
             for what in WHAT:
                 for _ in range(options.repeats):
@@ -269,6 +278,7 @@ def measure(options) -> dict:
         "displacement_difference_voxels": difference,
         "shape": list(options.shape),
         "grid": options.grid,
+        "against": options.against,
         "interpolator": options.interpolator,
         "contrast_window": options.contrast_window,
         "repeats": options.repeats,
@@ -300,6 +310,8 @@ def table(result: dict) -> str:
     rows.append(("parameters", *(str(result["parameters"][system]) for system in SYSTEMS), ""))
     rows.append(("version", *(result["versions"][system] for system in SYSTEMS), ""))
     setting = f"{'x'.join(map(str, result['shape']))} voxels, grid {result['grid']}, {result['interpolator']}"
+    if result["against"] == "published":
+        setting += "; in PyTorch the published network"
     computer = f"{result['cpu']}, {result['cores']} cores; medians of {result['repeats']} runs"
     return "\n".join([setting, computer, *("{:<20}{:>14}{:>14}{:>8}".format(*row).rstrip() for row in rows)])
 
@@ -311,6 +323,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="measured runs of each kind and system")
     parser.add_argument("--interpolator", choices=("bspline", "trilinear"), default="bspline")
     parser.add_argument("--contrast_window", type=int, default=0, help="local normalisation, odd; 0 for none")
+    parser.add_argument("--against", choices=AGAINST, default="same", help="which network PyTorch runs")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     # What a child process is started with.
     parser.add_argument("--system", choices=SYSTEMS, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""The PyTorch network of the benchmark is the JAX network: same displacement, same loss, same gradient."""
+"""The benchmark's networks in PyTorch: one is the JAX network, the other has the parameters of the published one."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from gridreg_jax.models import build
 from gridreg_jax.training.objective import objective
 
 torch = pytest.importorskip("torch")
-from benchmarks import torch_gridreg  # noqa: E402 (it needs torch)
+from benchmarks import torch_gridreg, torch_published  # noqa: E402 (they need torch)
 
 SHAPE, GRID = (16, 20, 16), (5, 4, 6)
 TINY = dict(levels=4, width=4, projection=8, decoder=8, heads=2)
@@ -57,3 +57,16 @@ def test_same_displacement_loss_and_gradient_as_in_torch(interpolator, contrast_
         wanted = wanted.detach().numpy()
         error = np.abs(parameter.grad.numpy() - wanted).max()
         assert error <= 1e-3 * np.abs(wanted).max(), name
+
+
+def test_the_published_network_has_its_parameters_and_sees_voxels_everywhere():
+    module = torch_published.PublishedGridReg()
+    encoder = sum(p.numel() for p in module.levels.parameters())
+    # The count of all is 333 999, of which 28 800 and 792 belong to layers that never run.
+    assert (encoder, sum(p.numel() for p in module.parameters())) == (208_432, 333_999 - 28_800 - 792)
+    fixed, moving = torch.rand(2, 1, 1, 32, 32, 24, requires_grad=True)
+    displacement, control_grid = module(fixed, moving, (4, 5, 6))
+    assert displacement.shape == (1, 32, 32, 24, 3) and control_grid.shape == (1, 4, 5, 6, 3)
+    corners = displacement.detach()[0, [0, -1]][:, [0, -1]][:, :, [0, -1]]
+    np.testing.assert_allclose(corners, control_grid.detach()[0, [0, -1]][:, [0, -1]][:, :, [0, -1]], atol=1e-5)
+    assert (torch.autograd.grad(control_grid[0, 0, 0, 0].sum(), moving)[0] != 0).float().mean() > 0.99
