@@ -46,12 +46,12 @@ def measure(size: int, grid: int, repeats: int) -> dict:
         if repeat >= 0:  # the first warms up
             times["train_ms"].append(1e3 * (middle - start))
             times["inference_ms"].append(1e3 * (time.perf_counter() - middle))
-    cost = compiled.cost_analysis() or {}
+    cost = compiled.gradient.cost_analysis() or {}
     return {
         "size": size,
         "grid": grid,
         **{name: statistics.median(values) for name, values in times.items()},
-        "memory_mib": bytes_needed(compiled) / 2**20,
+        "memory_mib": bytes_needed(compiled.gradient) / 2**20,
         "gflop": cost.get("flops", 0) / 1e9,
         "gbyte": cost.get("bytes accessed", 0) / 1e9,
     }

@@ -110,23 +110,26 @@ def check_batch_size(batch_size: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """`step(state, batch, grid_size) -> (state, metrics)`; it consumes `state`.
+    """`step(state, batch, grid_size) -> (state, metrics)`; it consumes `state`. Once compiled, `step(state, batch)`.
 
-    `batch` is sharded (`shard`), `grid_size` static; metrics are means over the whole batch.
+    `batch` is sharded (`shard`), `grid_size` static; metrics are means over the whole batch. Of its three programs only
+    one knows of the grid size, and so is compiled once for each.
 
     Attributes:
-      change: `(state.step, batch) -> batch`, what augmentation makes of it; None: nothing. A program of its own: it
-        knows of no grid size, and is compiled once for all.
-      update: the step on what comes of that, compiled once a grid size.
+      change: `(state.step, batch) -> batch`, what augmentation makes of it; None: nothing.
+      gradient: `(state.params, state.step, batch, grid_size) -> (gradient, metrics)`.
+      update: `(state, gradient) -> state`, the optimiser's.
     """
 
     change: Callable | None
+    gradient: Callable
     update: Callable
 
-    def __call__(self, state: TrainState, batch: dict[str, jax.Array], grid_size: GridSize):
+    def __call__(self, state: TrainState, batch: dict[str, jax.Array], *grid_size: GridSize):
         if self.change:
             batch = self.change(state.step, batch)
-        return self.update(state, batch, grid_size)
+        gradient, metrics = self.gradient(state.params, state.step, batch, *grid_size)
+        return self.update(state, gradient), metrics
 
 
 def make_train_step(
@@ -158,26 +161,29 @@ def make_train_step(
         growth = jnp.minimum(1.0, (step + 1) / ramp)
         return augment(batch, example_keys("augmentation", step, local), **strengths, growth=growth)
 
-    def update(state: TrainState, batch: dict[str, jax.Array], grid_size: GridSize):
+    def gradient(params, step: jax.Array, batch: dict[str, jax.Array], grid_size: GridSize):
         example_streams = getattr(model, "example_streams", ())
-        keys = {name: example_keys(name, state.step, len(batch["fixed"])) for name in ("posterior", *example_streams)}
-        keys["iterations"] = rng.key(seed, "iterations", state.step)
-        found = _loss_gradient(state.params, batch, keys, model=model, grid_size=grid_size, loss=freeze(loss))
-        gradient, metrics = jax.lax.pmean(found, AXIS)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        keys = {name: example_keys(name, step, len(batch["fixed"])) for name in ("posterior", *example_streams)}
+        keys["iterations"] = rng.key(seed, "iterations", step)
+        found = _loss_gradient(params, batch, keys, model=model, grid_size=grid_size, loss=freeze(loss))
+        return jax.lax.pmean(found, AXIS)
 
-    update = jax.pmap(
-        update,
-        axis_name=AXIS,
-        in_axes=(None, 0, None),
-        out_axes=(None, None),
-        static_broadcasted_argnums=(2,),
-        donate_argnums=(0,),
-    )
+    def update(state: TrainState, gradient) -> TrainState:
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+
     changes = any(strengths.values()) or loss.get("keypoints")
-    return TrainStep(jax.pmap(change, axis_name=AXIS, in_axes=(None, 0)) if changes else None, update)
+    return TrainStep(
+        change=jax.pmap(change, axis_name=AXIS, in_axes=(None, 0)) if changes else None,
+        gradient=jax.pmap(
+            gradient,
+            axis_name=AXIS,
+            in_axes=(None, None, 0, None),
+            out_axes=None,
+            static_broadcasted_argnums=(3,),
+        ),
+        update=jax.jit(update, donate_argnums=(0,)),
+    )
 
 
 @functools.partial(stored, static_argnames=("model", "grid_size", "loss"))
@@ -211,33 +217,40 @@ def _loss_gradient(params, batch: dict[str, jax.Array], keys: dict[str, jax.Arra
 
 def compile_steps(
     step: TrainStep, state: TrainState, batch: dict[str, jax.Array], grid_sizes: Iterable[GridSize]
-) -> tuple[dict[GridSize, Callable], int]:
+) -> tuple[dict[GridSize, TrainStep], int]:
     """The step compiled for every grid size, before the first one runs.
 
     Args:
       state, batch: of the shapes that steps will have; `batch` sharded.
 
     Returns:
-      `{grid_size: compiled(state, batch)}`, and the largest memory (bytes) that a device needs for a step, 0 where the
-      platform does not tell.
+      `{grid_size: step(state, batch)}`, compiled, and the largest memory (bytes) that a device needs for a step, 0
+      where the platform does not tell.
 
     Raises:
       InputError: more memory than there is.
     """
-    change, changed, before, options = None, batch, 0, compiler_options()
+    options, changed = compiler_options(), batch
+    # What a step keeps beside what the gradient's program needs: the optimiser's state, and the batch as it was.
+    beside = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    change = None
     if step.change:
         change = step.change.lower(state.step, batch).compile(options)
         changed = change(state.step, batch)
-        before = sum(array.nbytes for array in batch.values()) // jax.device_count()  # is kept beside what comes of it
+        beside += sum(array.nbytes for array in batch.values()) // jax.device_count()
     # One after the other: XLA uses all cores for one program, and takes more than a gigabyte while it does.
-    updates = {grid_size: step.update.lower(state, changed, grid_size).compile(options) for grid_size in grid_sizes}
+    gradients = {
+        grid_size: step.gradient.lower(state.params, state.step, changed, grid_size).compile(options)
+        for grid_size in grid_sizes
+    }
+    update = step.update.lower(state, state.params).compile(options)  # A gradient is like the parameters.
     del changed
     # What tracing and compiling leave behind, 100 MiB and more, would add to what the steps take.
     jax.clear_caches()
     return_freed_memory()
-    needs = {grid_size: bytes_needed(update) for grid_size, update in updates.items()}
+    needs = {grid_size: bytes_needed(gradient) for grid_size, gradient in gradients.items()}
     largest = max(needs, key=needs.get)
-    needed = needs[largest] and before + needs[largest]
+    needed = needs[largest] and beside + needs[largest]
     available = memory_available()
     if available and needed > available:
         at, or_grid = (
@@ -247,13 +260,7 @@ def compile_steps(
             f"a step{at} needs {needed / 2**30:.1f} GiB a device, and {available / 2**30:.1f} GiB are free: "
             f"a smaller batch_size{or_grid} would need less"
         )
-    if not change:
-        return updates, needed
-
-    def changed_first(update):
-        return lambda state, batch: update(state, change(state.step, batch))
-
-    return {grid_size: changed_first(update) for grid_size, update in updates.items()}, needed
+    return {grid_size: TrainStep(change, gradient, update) for grid_size, gradient in gradients.items()}, needed
 
 
 def bytes_needed(program) -> int:

@@ -180,7 +180,7 @@ def test_a_later_start_traces_the_network_only_if_it_has_code_from_elsewhere(
         fresh = stored(training._loss_gradient.__wrapped__, static_argnames=("model", "grid_size", "loss"))
         monkeypatch.setattr(training, "_loss_gradient", fresh)
         step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation={})
-        texts.append(step.update.lower(state, sharded, GRID).as_text())
+        texts.append(step.gradient.lower(state.params, state.step, sharded, GRID).as_text())
     assert len(calls) == traced
     assert texts[0] == texts[1]
 
