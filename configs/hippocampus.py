@@ -23,6 +23,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.evaluation_pairs = (12, 24)
     config.loss.dice = 1.0
     config.loss.bending = 5.0
+    config.loss.folding = 300.0
     config.augmentation.flip = 0.5
     config.augmentation.affine = 0.04
     config.augmentation.shift = 1.0
