@@ -97,7 +97,7 @@ def test_another_system_comes_with_its_authors_optimiser_and_weights_and_leaves_
     plain, other = get_config("hippocampus", "cpu"), get_config("hippocampus", "cpu,voxelmorph_1")
     assert (other.grid_sizes, other.refinement.steps) == ((), 0)
     assert (other.optimizer.name, other.optimizer.learning_rate, other.optimizer.decay) == ("adam", 1e-4, False)
-    assert (other.loss.gradient, other.loss.bending, other.loss.grid) == (0.01, 0, 0)
+    assert (other.loss.gradient, other.loss.bending, other.loss.folding, other.loss.grid) == (0.01, 0, 0, 0)
     assert get_config("brain", "voxelmorph_1").loss.gradient == 1.0  # with local correlation
     for name in ("data", "augmentation", "steps", "batch_size"):
         assert plain[name] == other[name]
