@@ -24,14 +24,17 @@ def get_config(argument: str = "") -> ConfigDict:
         default.paper(config, training_pairs=156)
     else:
         config.model.downsampled = 3
+        config.model.segmenter = 16
         config.data.shape = (64, 64, 64)
         config.data.spacing = (0.4, 0.4, 0.4)
         config.data.evaluation_pairs = (8, 16)
         config.loss.bending = 1.0
+        config.loss.folding = 300.0
         config.augmentation.flip = 0.5
         config.augmentation.affine = 0.04
         config.augmentation.elastic = 1.0
         config.augmentation.contrast = 0.15
+        config.refinement.steps = 40
         config.steps = 600
         config.val_every = 300
     return default.use_model(config, model)
