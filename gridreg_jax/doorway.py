@@ -32,7 +32,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     # A config file is read, and its values are replaced, while flags are parsed.
     except (AttributeError, KeyError) as error:
-        text = str(error.args[0] if error.args else error).replace('"', "")  # quoted once or twice
+        # Quoted once or more, with what that does to quotes and line ends.
+        text = str(error.args[0] if error.args else error).replace("\\n", "\n").replace("\n", ". ")
+        text = text.translate(dict.fromkeys(map(ord, "\\\"'")))
         fail(f"the config has no such option: {text}")
     except (flags.Error, TypeError, ValueError, OSError) as error:
         # The message of a config that refuses its argument comes as the last line of a traceback.
