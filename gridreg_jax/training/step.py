@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -238,12 +239,19 @@ def compile_steps(
         change = step.change.lower(state.step, batch).compile(options)
         changed = change(state.step, batch)
         beside += sum(array.nbytes for array in batch.values()) // jax.device_count()
-    # One after the other: XLA uses all cores for one program, and takes more than a gigabyte while it does.
-    gradients = {
-        grid_size: step.gradient.lower(state.params, state.step, changed, grid_size).compile(options)
-        for grid_size in grid_sizes
-    }
-    update = step.update.lower(state, state.params).compile(options)  # A gradient is like the parameters.
+    # Compiled one after the other, since XLA uses all cores for one program, and takes more than a gigabyte while it
+    # does; but traced meanwhile, which is Python.
+    with ThreadPoolExecutor(max_workers=1) as compiler:
+        compiling = {
+            grid_size: compiler.submit(
+                step.gradient.lower(state.params, state.step, changed, grid_size).compile, options
+            )
+            for grid_size in grid_sizes
+        }
+        # A gradient is like the parameters.
+        updating = compiler.submit(step.update.lower(state, state.params).compile, options)
+    gradients = {grid_size: program.result() for grid_size, program in compiling.items()}
+    update = updating.result()
     del changed
     # What tracing and compiling leave behind, 100 MiB and more, would add to what the steps take.
     jax.clear_caches()
