@@ -22,6 +22,9 @@ def window_attention(
 ) -> Float[Array, "N gx gy gz D"]:
     """Softmax attention of every cell to the `window`^3 cells around it; cells outside the grid do not count.
 
+    What comes back has the unit of `value`. Source: Yan et al., Medical Physics 2026, section 3.1 (local attention);
+    Ramachandran et al., NeurIPS 2019; a bias by relative place, Liu et al., Swin transformer, ICCV 2021.
+
     Args:
       query: already scaled by 1 / sqrt(D / H). The features of a head lie together; they stay one axis, because a
         short last axis makes these sums several times slower on the CPU.

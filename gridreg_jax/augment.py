@@ -22,6 +22,9 @@ def augment(
 ) -> dict[str, jax.Array]:
     """A changed batch: fixed and moving each get a change of their own, and the pair may be mirrored as a whole.
 
+    Source: the elastic map, Ronneberger et al., MICCAI 2015; affine and smooth gain, Billot et al., Medical Image
+    Analysis 2023; mirroring, gamma and noise, Isensee et al., Nature Methods 2021. What names no unit has none.
+
     Args:
       batch: `fixed`, `moving` `[N, X, Y, Z, 1]`, optionally `fixed_labels`, `moving_labels` `[N, X, Y, Z]`, and
         `points` `[N, K, 3]` (voxels) of both images; these come back as `fixed_points` and `moving_points`, where they
@@ -75,7 +78,11 @@ def _middle(shape) -> Float[Array, "3"]:
 
 
 def foreground_points(key: jax.Array, volume: Float[Array, "X Y Z 1"], count: int) -> Float[Array, "K 3"]:
-    """Random voxels, all different, brighter than the volume is on average (as long as there are that many)."""
+    """Random voxels, all different, brighter than the volume is on average (as long as there are that many).
+
+    Voxel coordinates. Source: the points of KeyMorph's pre-training, after its authors' code; the choice by brightness
+    is this library's.
+    """
     order = jax.random.uniform(key, volume.shape) + (volume > volume.mean())
     _, chosen = jax.lax.top_k(order.ravel(), count)
     return jnp.stack(jnp.unravel_index(chosen, volume.shape[:3]), axis=-1).astype(jnp.float32)

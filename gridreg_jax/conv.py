@@ -24,6 +24,9 @@ def conv3d(
 ) -> Float[Array, "N x y z D"]:
     """Cross-correlation with zero padding `k // 2` (odd k): output size `ceil(size / stride)` per axis.
 
+    `stride` is in voxels; the output has the unit of x times that of the kernel. Source: Goodfellow et al., Deep
+    Learning, 2016, section 9.1; the ways to compute it are this library's.
+
     Args:
       in_loop: for a convolution whose gradient a loop (`lax.scan` and the like) computes. On the CPU XLA runs the
         convolutions that yield the kernel's gradient ten to a hundred times slower there; products take their place.
@@ -187,6 +190,8 @@ def box_sum(values: Float[Array, "N X Y Z C"], window: int, padding: tuple[int, 
 
     Of the ways tried on CPU (shifted additions, cumulative sums, banded matrices, one three-dimensional window) this
     is the fastest, forward and gradient, and unlike a difference of cumulative sums it cancels nothing.
+
+    In the unit of the values. Source: box filters, McDonnell, Computer Graphics and Image Processing 1981.
     """
     for axis in (1, 2, 3):
         size, pad = [1] * 5, [(0, 0)] * 5
@@ -199,7 +204,9 @@ def local_norm(x: Float[Array, "N X Y Z C"], window: int, *, epsilon: float = 0.
     """Zero mean and about unit deviation in a box of `window`^3 voxels around every voxel.
 
     Faint structure inside an organ then weighs as much as its outline. `epsilon` is the deviation (intensities in
-    [0, 1]) below which a region counts as flat, so that noise is not blown up.
+    [0, 1]) below which a region counts as flat, so that noise is not blown up. The result has no unit.
+
+    Source: local contrast normalisation, Jarrett et al., ICCV 2009, with boxes for its Gaussian windows.
     """
 
     def box_mean(values):

@@ -87,25 +87,31 @@ def measure(
     """For every pair, its row of measurements and the arrays they were made from (batch axis dropped).
 
     Dice is the mean over the labels that occur in the fixed or the warped labels, `dice_after_<label>` each of them;
-    distances are in mm; seconds are those of the prediction with both images on the device, compilation left out.
+    distances are in mm; seconds are those of the prediction (and of the choice of its grid) with both images on the
+    device, compilation left out.
     With a Bayesian head the arrays hold `sigma_mm`, the root of the summed variances of the three components, and with
     landmarks the row holds the rank correlation of its value at the fixed landmarks with their error.
 
     Args:
       grid_size: of all pairs; or a function that chooses it for a batch (see `coarsest_sufficient`), and then a row
         says what it chose.
-      thorough: also the slower ones: `hd95_mm` (mean over the labels in both maps) and `ndv_percent`.
+      thorough: also the slower ones: `hd95_mm` (mean over the labels in both maps), `ndv_percent`, and what Learn2Reg
+        would count (`metrics.learn2reg_*`, `lumir_*`).
     """
-    warmed = set()
+
+    def run(on_device):
+        size = grid_size(on_device) if callable(grid_size) else grid_size
+        return size, jax.block_until_ready(predict(params, on_device, size))
+
+    compiled = False
     for pair in pairs:
         batch = dataset.arrays([pair], known=True)
         on_device = jax.device_put(batch)
-        size = grid_size(on_device) if callable(grid_size) else grid_size
-        if size not in warmed:
-            jax.block_until_ready(predict(params, on_device, size))
-            warmed.add(size)
+        if not compiled:
+            run(on_device)
+            compiled = True
         start = time.perf_counter()
-        result = jax.block_until_ready(predict(params, on_device, size))
+        size, result = run(on_device)
         seconds = time.perf_counter() - start
         said = {"grid_size": "x".join(map(str, size))} if callable(grid_size) else {}
         yield _case(batch | result, dataset, pair, said, seconds, thorough)
@@ -184,11 +190,17 @@ def _measurements(
             row |= {f"dice_{when}_{dataset.label_values[i - 1]}": overlaps[i] for i in ids}
             if thorough:
                 row[f"hd95_mm_{when}"] = _mean(metrics.hd95_mm(arrays["fixed_labels"], labels, ids, spacing).values())
+        if thorough:
+            scored = arrays["fixed_labels"], arrays["moving_labels"], displacement, ids
+            row["learn2reg_dice"] = _mean(metrics.learn2reg_dice(*scored).values())
+            row["learn2reg_hd95_voxels"] = _mean(metrics.learn2reg_hd95_voxels(*scored).values())
     landmarks = dataset.landmarks(pair)
     if landmarks is not None:
         row["tre_mm_before"] = _mean(metrics.tre_mm(*landmarks, None, spacing))
         errors = metrics.tre_mm(*landmarks, displacement, spacing)
         row["tre_mm_after"] = _mean(errors)
+        if thorough:
+            row["learn2reg_tre_mm"] = _mean(metrics.learn2reg_tre_mm(*landmarks, displacement, spacing))
         if "sigma_mm" in arrays:
             from scipy import stats  # half a second, and 40 MiB
 
@@ -197,6 +209,8 @@ def _measurements(
     row["folding_percent"] = metrics.folding_percent(displacement)
     if thorough:
         row["ndv_percent"] = metrics.ndv_percent(displacement)
+        row["lumir_ndv_percent"] = metrics.lumir_ndv_percent(displacement, arrays["moving"][..., 0])
+        row["learn2reg_sd_log_jacobian"] = metrics.learn2reg_sd_log_jacobian(displacement)
     row["sd_log_jacobian"] = metrics.sd_log_jacobian(displacement)
     return row
 

@@ -99,14 +99,15 @@ def tre_mm(
 def folding_percent(displacement: Displacement, mask: Mask | None = None) -> float:
     """Percent of interior voxels where the Jacobian determinant of the map is not positive (central differences).
 
+    NaN if no voxel is counted.
+
     Args:
       displacement: voxels.
       mask: count inside it only (non-zero is inside).
 
     Source: Yan et al., Medical Physics 2026, §4.4 (which asks for below 0).
     """
-    determinant = _inside(_jacobian_determinant(displacement), mask)
-    return 100 * float(np.mean(determinant <= 0))
+    return _percent(_inside(_jacobian_determinant(displacement), mask) <= 0)
 
 
 def sd_log_jacobian(displacement: Displacement, mask: Mask | None = None) -> float:
@@ -130,7 +131,8 @@ def ndv_percent(displacement: Displacement, mask: Mask | None = None) -> float:
 
     The cubes between voxel centres can be cut into five tetrahedra in two ways. The volume of all those with a negative
     image, half of it for each way, is divided by the number of voxels counted: the interior ones (one voxel off every
-    face) inside the mask. Central differences can miss a fold that this sees, never the other way round.
+    face) inside the mask; NaN if there are none. Central differences can miss a fold that this sees, never the other
+    way round.
 
     Args:
       displacement: voxels.
@@ -152,13 +154,19 @@ def ndv_percent(displacement: Displacement, mask: Mask | None = None) -> float:
     for vertices in tetrahedra:
         a, b, c = (at(vertex) - at((0, 0, 0)) for vertex in vertices)
         turned = turned - np.minimum(_determinant(a, b, c), 0) / 6 / 2
-    return 100 * float(np.mean(_inside(turned, mask)))
+    return _percent(_inside(turned, mask))
 
 
 def learn2reg_dice(
     fixed_labels: Labels, moving_labels: Labels, displacement: Displacement, labels: Ids
 ) -> dict[int, float]:
-    """`dice` as Learn2Reg scores it: nearest-neighbour warp with 0 outside; NaN if absent from fixed or *moving*."""
+    """`dice` as Learn2Reg scores it: nearest-neighbour warp with 0 outside; NaN if absent from fixed or *moving*.
+
+    Args:
+      fixed_labels, moving_labels: on one lattice; the latter as it was, not warped.
+      displacement: voxels.
+      labels: the ids to score.
+    """
     warped = _learn2reg_warp(moving_labels, displacement)
     found = dice(fixed_labels, warped, labels)
     return {label: found[label] if _in_both(fixed_labels, moving_labels, label) else np.nan for label in found}
@@ -167,7 +175,7 @@ def learn2reg_dice(
 def learn2reg_hd95_voxels(
     fixed_labels: Labels, moving_labels: Labels, displacement: Displacement, labels: Ids
 ) -> dict[int, float]:
-    """`hd95_mm` as Learn2Reg scores it: in voxels whatever the spacing; warp and NaN as in `learn2reg_dice`."""
+    """`hd95_mm` as Learn2Reg scores it: in voxels whatever the spacing; all else as in `learn2reg_dice`."""
     warped = _learn2reg_warp(moving_labels, displacement)
     found = hd95_mm(fixed_labels, warped, labels, (1, 1, 1))
     return {label: found[label] if _in_both(fixed_labels, moving_labels, label) else np.nan for label in found}
@@ -176,17 +184,46 @@ def learn2reg_hd95_voxels(
 def learn2reg_tre_mm(
     fixed_landmarks: Landmarks, moving_landmarks: Landmarks, displacement: Displacement, spacing: Spacing
 ) -> Float[np.ndarray, " K"]:
-    """`tre_mm` as Learn2Reg scores it: the displacement is sampled by cubic B-splines, and is 0 outside the lattice."""
+    """`tre_mm` as Learn2Reg scores it: the displacement is sampled by cubic B-splines, and is 0 outside the lattice.
+
+    In mm; arguments as there.
+    """
     return _landmark_errors(fixed_landmarks, moving_landmarks, displacement, spacing, order=3, mode="constant")
 
 
 def learn2reg_sd_log_jacobian(displacement: Displacement, mask: Mask | None = None) -> float:
     """SDlogJ as Learn2Reg scores it: 3 is added to the determinant before the logarithm, two voxels off every face.
 
-    Much smaller than `sd_log_jacobian`, and blind to most folding: determinants above -3 have a logarithm.
+    Much smaller than `sd_log_jacobian`, and blind to most folding: determinants above -3 have a logarithm. Arguments as
+    there; NaN if no voxel is counted.
     """
     determinant = _inside(_jacobian_determinant(displacement, rim=2), mask)
-    return float(np.log(np.clip(determinant + 3, 1e-9, 1e9)).std())
+    return float(np.log(np.clip(determinant + 3, 1e-9, 1e9)).std()) if determinant.size else np.nan
+
+
+def lumir_tre_voxels(
+    fixed_landmarks: Labels, moving_landmarks: Labels, displacement: Displacement, labels: Ids
+) -> dict[int, float]:
+    """Target registration error as Learn2Reg's LUMIR task scores it: between the centroids of landmarks drawn as blobs.
+
+    They are warped like labels (see `learn2reg_dice`). NaN for one that is absent or has vanished.
+
+    Args:
+      fixed_landmarks, moving_landmarks: a small blob an id, on one lattice.
+      displacement: voxels.
+      labels: the ids to score.
+    """
+    return centroid_distance_mm(fixed_landmarks, _learn2reg_warp(moving_landmarks, displacement), labels, (1, 1, 1))
+
+
+def lumir_ndv_percent(displacement: Displacement, moving: Num[np.ndarray, "X Y Z"]) -> float:
+    """`ndv_percent` as the LUMIR task of Learn2Reg scores it: where the *moving* image is above 0.
+
+    Args:
+      displacement: voxels.
+      moving: the moving image, as it was.
+    """
+    return ndv_percent(displacement, moving > 0)
 
 
 def _in_both(fixed_labels, moving_labels, label) -> bool:
@@ -227,6 +264,10 @@ def _jacobian_determinant(displacement: Displacement, rim: int = 1) -> Float[np.
         return (position[(slice(None), *after)] - position[(slice(None), *before)]) / 2
 
     return _determinant(*(derivative(axis) for axis in range(3)))
+
+
+def _percent(counted: np.ndarray) -> float:
+    return 100 * float(np.mean(counted)) if counted.size else np.nan
 
 
 def _inside(values: Float[np.ndarray, "x y z"], mask: Mask | None) -> Float[np.ndarray, " V"]:

@@ -1,12 +1,15 @@
 """Which grid a case gets, and what instance optimisation sees of a case."""
 
+import time
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
+from gridreg_jax.data.pipeline import open_dataset
 from gridreg_jax.losses import mse
-from gridreg_jax.measure import candidates, coarsest_sufficient, make_predict
+from gridreg_jax.measure import candidates, coarsest_sufficient, make_predict, measure
 from gridreg_jax.models import Prediction
 
 
@@ -28,6 +31,24 @@ def test_the_coarsest_grid_that_keeps_the_gain_is_chosen(errors, expected):
         return {"warped": image + errors[grid_size[0]] ** 0.5}
 
     assert coarsest_sufficient(predict, None, (15, 5, 10, 8), mse)(batch) == (expected,) * 3
+
+
+def test_the_choice_of_a_grid_takes_time_too(subjects_csv):
+    data = dict(pairs="", subjects=str(subjects_csv), shape=(16, 20, 16), spacing=(1.0,) * 3, center="image", labels=())
+    data |= dict(cohort_subjects=(0, 0, 0), evaluation_pairs=(1, 2), cache_dir="")
+    dataset = open_dataset(**data, seed=0, notify=print)
+    image = np.zeros((1, *data["shape"]))
+
+    def predict(params, batch, grid_size):
+        return {"displacement": np.zeros((*image.shape, 3)), "warped": image[..., None], "warped_labels": image}
+
+    def choose(batch):
+        time.sleep(0.2)
+        return (5, 5, 5)
+
+    rows = [row for row, _ in measure(predict, {}, dataset, dataset.pairs["test"], choose)]
+    assert [row["grid_size"] for row in rows] == ["5x5x5"] * 2
+    assert all(row["seconds"] >= 0.2 for row in rows)
 
 
 def test_a_size_that_is_drawn_more_often_is_one_candidate():

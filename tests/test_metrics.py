@@ -256,3 +256,32 @@ def test_learn2reg_sd_log_jacobian():
     mask = np.random.default_rng(0).random(field.shape[:3]) < 0.5
     masked = np.ma.MaskedArray(expected, 1 - mask[2:-2, 2:-2, 2:-2]).std()
     assert metrics.learn2reg_sd_log_jacobian(field, mask) == pytest.approx(masked, rel=1e-6)
+
+
+def test_lumir_landmarks_are_blobs_whose_centroids_are_compared():
+    fixed, moving = (np.zeros((20, 18, 16), int) for _ in range(2))
+    fixed[5:8, 6:9, 4:7], moving[8:11, 6:9, 4:7] = 1, 1  # 3 voxels apart along x
+    fixed[15, 3, 12] = moving[15, 3, 12] = 2
+    displacement = np.zeros((*fixed.shape, 3))
+    assert metrics.lumir_tre_voxels(fixed, moving, displacement, [1, 2]) == {1: 3, 2: 0}
+    displacement[..., 0] = 2.6  # to the nearest voxel: 3; what lay at 15 is fetched by none
+    displacement[12:] = 9
+    found = metrics.lumir_tre_voxels(fixed, moving, displacement, [1, 2])
+    assert found[1] == 0 and np.isnan(found[2])
+
+
+def test_lumir_volume_is_counted_where_the_moving_image_is():
+    displacement, moving = smooth_field(size=6), np.zeros((12, 11, 10))
+    moving[3:7] = 1
+    assert metrics.lumir_ndv_percent(displacement, moving) == metrics.ndv_percent(displacement, moving > 0)
+    assert metrics.lumir_ndv_percent(displacement, moving) != metrics.ndv_percent(displacement)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_to_count_is_nan():
+    displacement = np.zeros((6, 6, 6, 3))
+    regularity = ("folding_percent", "sd_log_jacobian", "ndv_percent", "learn2reg_sd_log_jacobian")
+    for metric in (getattr(metrics, name) for name in regularity):
+        assert metric(displacement) == 0
+        assert np.isnan(metric(displacement, np.zeros((6, 6, 6))))
+        assert np.isnan(metric(displacement[:, :, :2]))

@@ -27,11 +27,9 @@ from gridreg_jax.losses.similarity import (
 )
 
 SIMILARITIES = {"mse": mse, "lncc": lncc, "ncc": ncc, "nmi": nmi, "mind": mind, "ssim": ssim}
-REGULARISERS = {"bending": bending_energy, "diffusion": diffusion_energy}
 
 __all__ = [
     "FEW",
-    "REGULARISERS",
     "SIMILARITIES",
     "bending_energy",
     "bending_energy_of_map",

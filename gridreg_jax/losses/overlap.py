@@ -77,23 +77,25 @@ def soft_dice_of_probabilities(
     *,
     mask: Shaped[Array, "N X Y Z"] | None = None,
 ) -> Float[Array, " N"]:
-    """One minus the mean over labels of `2 sum(f w) / (sum f^2 + sum w^2)`.
+    """One minus the mean over labels of `(2 sum(f w) + 1) / (sum f^2 + sum w^2 + 1)`.
 
-    It is 0 where both say the same, however unsure they are.
+    It is 0 where both say the same, however unsure they are. The voxel that is added to both sums keeps a label which
+    is nowhere likely from counting like one that is there.
 
     Args:
       fixed, warped: probability of each label.
       mask: weight of each voxel, in all sums.
 
     Returns:
-      One value a case, in [0, 1]. A label of which both have nothing counts as matched.
+      One value a case, in [0, 1). A label of which both have nothing counts as matched.
 
     Source: Milletari et al., 3DV 2016.
     """
     weights = 1.0 if mask is None else mask[..., None].astype(jnp.float32)
     agreeing, total = weights * fixed * warped, weights * (fixed**2 + warped**2)
     # A sum of its own for every slab, as above.
-    return _mean_overlap(*(values.sum((2, 3)).sum(1) for values in (agreeing, total)))
+    agreeing, total = (values.sum((2, 3)).sum(1) for values in (agreeing, total))
+    return 1 - jnp.mean((2 * agreeing + 1) / (total + 1), axis=-1)
 
 
 def segmentation_loss(logits: Float[Array, "N X Y Z L"], labels: Int[Array, "N X Y Z"]) -> Float[Array, " N"]:
@@ -107,8 +109,10 @@ def segmentation_loss(logits: Float[Array, "N X Y Z L"], labels: Int[Array, "N X
     """
     log_probabilities = jax.nn.log_softmax(logits)
     right = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
-    maps = list(jnp.moveaxis(jnp.exp(log_probabilities[..., 1:]), -1, 0))
-    return soft_dice_of_maps(labels, maps) - right.mean((1, 2, 3))
+    # Of a label that does not occur, the cross-entropy alone tells what is predicted of it.
+    occurs = jnp.stack([jnp.any(labels == label, (1, 2, 3)) for label in range(1, logits.shape[-1])], axis=-1)
+    maps = jnp.exp(log_probabilities[..., 1:]) * occurs[:, None, None, None]
+    return soft_dice_of_maps(labels, list(jnp.moveaxis(maps, -1, 0))) - right.mean((1, 2, 3))
 
 
 def _mean_overlap(agreeing, total):

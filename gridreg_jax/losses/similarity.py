@@ -50,7 +50,10 @@ def uncertainty_weighted_mse(
       penalty: weight of the term that keeps the variance from growing (the paper's lambda_0).
       mask: weight of each voxel.
 
-    Source: after Yan et al., Medical Physics 2026, §3.1; Kendall & Gal, NeurIPS 2017.
+    Returns:
+      One value a case, without unit.
+
+    Source: after Yan et al., Medical Physics 2026, §3.2; Kendall & Gal, NeurIPS 2017.
     """
     fixed, warped, weight = _as_float(fixed, warped, mask)
     residual, steepness = normalised_residual(fixed, warped)
@@ -62,7 +65,11 @@ def normalised_residual(
     fixed: Float[Array, "N X Y Z 1"], warped: Float[Array, "N X Y Z 1"]
 ) -> tuple[Float[Array, "N X Y Z 1"], Float[Array, "N X Y Z 3"]]:
     """Squared difference of the images normalised in boxes of 5 voxels, and the fixed one's squared derivatives
-    (central differences, per voxel), which are comparable wherever there is contrast, be it strong or faint."""
+    (central differences, per voxel), which are comparable wherever there is contrast, be it strong or faint.
+
+    The first has no unit, the second is in 1 / voxel^2. Source: written for this library; the normalisation, Jarrett et
+    al., ICCV 2009.
+    """
     fixed, warped = (local_norm(image, 5) for image in (fixed, warped))
     steepness = jnp.concatenate([jnp.gradient(fixed, axis=axis) ** 2 for axis in (1, 2, 3)], axis=-1)
     return (fixed - warped) ** 2, steepness
@@ -201,7 +208,7 @@ def mind(
     For each of the 12 pairs of the six neighbours `dilation` voxels away that are not opposite each other, the squared
     difference of the patches around the two, less the smallest of the 12, gives `exp(-difference / variance)`; the
     variance is the mean of the 12, held within a factor 1000 of its mean over the volume. Blind to gain and offset.
-    Outside the volume the border voxels repeat.
+    Outside the volume the border voxels repeat. The value has no unit.
 
     Args:
       fixed, warped: images on one lattice.

@@ -49,7 +49,7 @@ class GridReg(nn.Module):
       interpolator: "trilinear", "bspline" or "gaussian".
       bound: largest displacement that one run of the network gives a control point, in half lattices (the paper's tanh
         has 1); 0: free.
-      bayesian: also predict the log variance of every control point (paper, section 3.1, Bayesian grid transformer):
+      bayesian: also predict the log variance of every control point (paper, section 3.2, Bayesian grid transformer):
         what the images say it is where the map leaves them (`_observed_variance`), on a scale that training finds.
       contrast_window: voxels an axis (odd) of the box in which intensities are normalised before the encoder; 0: none.
       iterations: how often the network runs, each time on the moving image as it is warped so far; the control grids

@@ -30,7 +30,9 @@ class KeyMorph(nn.Module):
     """Keypoints are centres of mass of heat maps, the same ones in both images, and so correspond.
 
     The map is fitted in voxels; the spline with half the longest side of the lattice as unit of length, which on a cube
-    makes the smoothing the authors' lambda.
+    makes the smoothing the authors' lambda. Keypoints and displacement are in voxels.
+
+    Source: Wang et al., Medical Image Analysis 2023.
 
     Attributes:
       keypoints: how many; the authors use 64 to 512.
@@ -112,7 +114,10 @@ class KeyMorph(nn.Module):
 
 
 class HeatMaps(nn.Module):
-    """The backbone: one non-negative heat map a keypoint, at a sixteenth of the lattice (rounded up)."""
+    """The backbone: one non-negative heat map a keypoint, at a sixteenth of the lattice (rounded up); no unit.
+
+    Source: the convolutional backbone of KeyMorph (Wang et al., Medical Image Analysis 2023), after its authors' code.
+    """
 
     keypoints: int
 
@@ -129,6 +134,8 @@ def center_of_mass(heat: Float[Array, "N x y z K"], shape: tuple[int, int, int])
     """Centres of mass of heat maps in voxels of a lattice, the heat maps spread over it from corner to corner.
 
     A map that is 0 everywhere has the middle of the lattice.
+
+    Source: Wang et al., Medical Image Analysis 2023 (the center-of-mass layer).
     """
     mass = heat.sum(axis=(1, 2, 3)) + 1e-8
     found = []

@@ -27,6 +27,8 @@ WIDTHS = (1, 2, 2, 4, 4, 8, 8, 16, 16)
 class Conv3D(nn.Module):
     """Convolution: `features` outputs, odd cubic kernel, zero padding; He initialisation, which suits a rectifier.
 
+    Source: of the initialisation, He et al., ICCV 2015; of the convolution, see `conv3d`. `stride` is in voxels.
+
     Attributes:
       normed: an instance norm follows, which would take the bias away again: it is a parameter, but not added.
       in_loop: of `conv3d`.
@@ -53,7 +55,10 @@ class Conv3D(nn.Module):
 
 
 def instance_norm(x: Float[Array, "N X Y Z C"], *, epsilon: float = 1e-5) -> Float[Array, "N X Y Z C"]:
-    """Zero mean and unit variance of every channel of every sample over its voxels, no parameters; in the type of x."""
+    """Zero mean and unit variance of every channel of every sample over its voxels, no parameters; in the type of x.
+
+    The result has no unit. Source: Ulyanov et al., Instance normalization, arXiv 1607.08022, 2016.
+    """
     values = x.astype(jnp.float32)
     mean = values.mean(axis=(1, 2, 3), keepdims=True)
     variance = jnp.square(values - mean).mean(axis=(1, 2, 3), keepdims=True)
@@ -74,6 +79,8 @@ def flow_of_half(
     velocity: Float[Array, "N x y z 3"], shape: tuple[int, int, int], *, steps: int
 ) -> Float[Array, "N X Y Z 3"]:
     """Displacement of the flow of a velocity on the half lattice (in voxels of that), corners lying on corners.
+
+    What comes back is in voxels of the lattice `shape`.
 
     Source: the authors' code of VoxelMorph, which takes two voxels for one, whatever the sizes.
     """
@@ -130,7 +137,7 @@ ENCODERS = {"strided": Encoder, "pooled": functools.partial(Encoder, pooled=True
 def build_encoder(encoder: str, **fields) -> nn.Module:
     """An encoder by its name in `ENCODERS`, or any other by its place, "package.module:Class".
 
-    The paper calls its grid transformer encoder-agnostic (section 3.1).
+    The paper calls its approach encoder-agnostic (section 7).
 
     Args:
       fields: `levels`, `width`, `downsampled` and the module's `name`. The class must accept them, and map
@@ -175,14 +182,19 @@ def position_encoding(positions: Sequence[np.ndarray]) -> np.ndarray:
 def feature_coordinates(
     level: FeatureMap, lattice: Sequence[np.ndarray], shape: tuple[int, int, int]
 ) -> list[np.ndarray]:
-    """Points of a lattice in [0, 1] (the corner voxels of an image of `shape`) in coordinates of a level's features."""
+    """Points of a lattice in [0, 1] (the corner voxels of an image of `shape`) in coordinates of a level's features.
+
+    In feature voxels. Source: where a `FeatureMap` says that its features lie.
+    """
     return [(points * (size - 1) - level.origin) / level.stride for points, size in zip(lattice, shape, strict=True)]
 
 
 def resample_features(
     features: Float[Array, "N x y z C"], coordinates: Sequence[np.ndarray]
 ) -> Float[Array, "N gx gy gz C"]:
-    """Features around the points of a lattice, by separable hat functions.
+    """Features around the points of a lattice, by separable hat functions; in the unit of the features.
+
+    Source: written for this library, where the paper flattens the features of a level (section 3.1).
 
     Args:
       coordinates: per axis, feature coordinates (in feature voxels) of the lattice points. A hat is as wide as the

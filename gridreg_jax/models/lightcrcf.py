@@ -28,7 +28,9 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 class LightCRCF(nn.Module):
     """At each resolution, coarse to fine, a small U-Net adds to the map what is left between fixed and warped moving.
 
-    The composed map of a stage is `phi(x) = u(x) + phi_before(x + u(x))`, u being what its U-Net finds.
+    The composed map of a stage is `phi(x) = u(x) + phi_before(x + u(x))`, u being what its U-Net finds; both in voxels.
+
+    Source: the ideas of Liu et al., LightCRCF, Medical Physics 2025; layers and widths are this library's.
 
     Attributes:
       stages: resolutions, each twice as fine as the one before; the last is the images' own.
@@ -84,7 +86,10 @@ class LightCRCF(nn.Module):
 
 
 class UNet(nn.Module):
-    """Displacement between two images, given as two channels; the fields are those of `LightCRCF`."""
+    """Displacement (voxels) between two images, given as two channels; the fields are those of `LightCRCF`.
+
+    Source: Ronneberger et al., U-Net, MICCAI 2015; widths of this library.
+    """
 
     encoder: Sequence[int]
     decoder: Sequence[int]
@@ -129,6 +134,9 @@ class TextureConv(nn.Module):
 
     In place of the authors' batch norm, whose statistics make it another function in training than in inference, there
     is a learned gain a feature.
+
+    Source: the idea of TaRep, Liu et al., Medical Physics 2025; the branches after Zhang et al., Edge-oriented
+    convolution block, ACM Multimedia 2021.
     """
 
     features: int
@@ -161,7 +169,10 @@ def _copies(key, shape: tuple[int, int]) -> Float[Array, "C D"]:
 
 
 class GroupFlow(nn.Module):
-    """GfRep: a flow that is mixed from those of `GROUPS` 3x3x3 convolutions; computed as the one that they make."""
+    """GfRep: a flow that is mixed from those of `GROUPS` 3x3x3 convolutions; computed as the one that they make.
+
+    The flow is in voxels. Source: the idea of GfRep, Liu et al., Medical Physics 2025.
+    """
 
     features: int
 
@@ -183,7 +194,10 @@ class GroupFlow(nn.Module):
 
 
 def merge_texture(params: Mapping[str, Array]) -> dict[str, Array]:
-    """Kernel and bias of the one convolution that a `TextureConv` is."""
+    """Kernel and bias of the one convolution that a `TextureConv` is.
+
+    Source: sums and sequences of convolutions as one, Ding et al., Diverse branch block, CVPR 2021.
+    """
     kernel = params["cube"]
     for axis in range(3):
         kernel += jnp.pad(params[f"plane{axis}"], [(1, 1) if a == axis else (0, 0) for a in range(5)])
@@ -196,7 +210,10 @@ def merge_texture(params: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def merge_flow(params: Mapping[str, Array]) -> dict[str, Array]:
-    """Kernel and bias of the one convolution that a `GroupFlow` is."""
+    """Kernel and bias of the one convolution that a `GroupFlow` is.
+
+    Source: a convolution and the 1x1x1 one after it as one, Ding et al., Diverse branch block, CVPR 2021.
+    """
     kernel = jnp.einsum("xyzcg,go->xyzco", params["groups"], params["mix"], precision=_HIGHEST)
     return {"kernel": kernel, "bias": params["bias"]}
 
@@ -205,6 +222,8 @@ def fuse(params: Mapping) -> dict:
     """Parameters of `LightCRCF(fused=True)` that is the same function as `LightCRCF` with `params`.
 
     Every convolution of several branches becomes one of 3x3x3; what is fused already stays.
+
+    Source: the reparameterisation of Liu et al., Medical Physics 2025 (TaRep and GfRep).
     """
     if "cube" in params:
         return merge_texture(params)

@@ -19,6 +19,9 @@ from gridreg_jax.transforms.warp import half_lattice
 class VoxelMorph(nn.Module):
     """U-Net and flow head. The defaults are the authors' present network, with 327 331 parameters.
 
+    The displacement is in voxels. Source: Balakrishnan et al., IEEE TMI 2019; Dalca et al., Medical Image Analysis
+    2019.
+
     Attributes:
       encoder: features of the levels, fine to coarse; each halves the lattice.
       decoder: features of the convolutions at each resolution, coarse to fine: one resolution more than there are

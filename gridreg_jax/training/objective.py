@@ -50,7 +50,7 @@ def objective(
     """Weighted sum of the terms, and the terms themselves, one value a case.
 
     With a Bayesian head the similarities are means over maps drawn from the predicted posterior, by reparameterisation
-    `u_s = mean + sigma * noise_s` (paper, section 3.1), and the uncertainty-weighted similarity of the mean map teaches
+    `u_s = mean + sigma * noise_s` (paper, section 3.2), and the uncertainty-weighted similarity of the mean map teaches
     the variance. The two do not mix: a similarity that a variance can discount teaches a network to give up where it
     fits badly (Seitzer et al., ICLR 2022), and one that noise can only worsen teaches the variance to vanish.
 
@@ -131,7 +131,7 @@ def _mean(values):
 
 
 def _draw(prediction, keys, samples, interpolator) -> list[Prediction]:
-    """Predictions drawn from the posterior of the control grid (paper, section 3.1).
+    """Predictions drawn from the posterior of the control grid (paper, section 3.2).
 
     In pairs on either side of the mean, so that what the noise adds to the gradient cancels to first order.
     """

@@ -52,9 +52,11 @@ def fit_rigid(points: Points, targets: Points, weights: Float[Array, "N K"] | No
 
 @jax.custom_jvp
 def nearest_rotation(matrix: Float[Array, "N 3 3"]) -> Float[Array, "N 3 3"]:
-    """The rotation R with the largest `trace(R^T matrix)`.
+    """The rotation R (no unit) with the largest `trace(R^T matrix)`, for a matrix in any unit.
 
     The derivative is that of the rotation, not of the singular vectors: it exists where singular values coincide.
+
+    Source: Kabsch, Acta Cryst. A 1976; Umeyama, IEEE TPAMI 1991; the derivative was worked out for this library.
     """
     left, _, right = jnp.linalg.svd(matrix)
     sign = jnp.sign(jnp.linalg.det(_dot(left, right)))
@@ -80,14 +82,17 @@ def _nearest_rotation_jvp(primals, tangents):
 def apply_affine(
     points: Float[Array, "*P 3"], linear: Float[Array, "3 3"], shift: Float[Array, "3"] | float = 0.0
 ) -> Float[Array, "*P 3"]:
-    """`linear @ point + shift` for each of some points, in the precision of float32 on every platform."""
+    """`linear @ point + shift` for each of some points, in the precision of float32 on every platform.
+
+    The shift and the result are in the unit of the points. Source: the definition of an affine map.
+    """
     # Sums, which XLA fuses with what makes the points and what samples there; the CPU is slow at products so narrow.
     moved = [sum(points[..., j] * linear[i, j] for j in range(3)) for i in range(3)]
     return jnp.stack(moved, axis=-1) + shift
 
 
 def affine_displacement(affine: Float[Array, "N 4 4"], shape: tuple[int, int, int]) -> Float[Array, "N X Y Z 3"]:
-    """Displacement (voxels) of an affine from voxels to voxels."""
+    """Displacement (voxels) of an affine from voxels to voxels: `A x - x`, by the definition of a displacement."""
     change = affine[:, :3] - jnp.eye(4)[:3]
     return jax.vmap(lambda one: apply_affine(identity_grid(shape), one[:, :3], one[:, 3]))(change)
 

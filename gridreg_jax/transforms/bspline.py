@@ -31,6 +31,9 @@ _DIFFUSION = {(1, 0, 0): 1, (0, 1, 0): 1, (0, 0, 1): 1}
 def gram(grid_size: int, length: float, derivative: int | tuple[int, int]) -> Float64[np.ndarray, "g g"]:
     """Integrals over [0, length] of products of derivatives of the cubic B-splines along an axis. Exact.
 
+    In the unit of `length` to the power 1 - d - e. Source: the definition of a Gram matrix; B-splines and their
+    derivatives, de Boor, A Practical Guide to Splines, 2001; their products integrated by Gauss-Legendre quadrature.
+
     Args:
       grid_size: coefficients along the axis, at least 4.
       length: of the axis, in the unit in which positions are to be measured (voxels: size - 1).
@@ -123,6 +126,9 @@ def jacobian(
 
     Closed form, from the 64 control points around each point. No unit; differentiable in both arguments.
 
+    Source: derivatives of B-splines, de Boor, A Practical Guide to Splines, 2001; their tensor product as a map,
+    Rueckert et al., IEEE Trans. Med. Imaging 1999.
+
     Args:
       control_grid: displacements in voxels, at least 4 control points an axis.
       points: voxel coordinates in the box from 0 to X-1, Y-1, Z-1; outside, the polynomials of the border cells go on.
@@ -157,8 +163,11 @@ def jacobian_determinant_on_lattice(
 ) -> Float[Array, "N X Y Z"]:
     """Jacobian determinant of the continuous map `x -> x + u(x)` at every voxel centre, borders included.
 
-    Exact derivatives, not differences: nine interpolations with derivative weights. Arguments and errors as for
-    `jacobian`.
+    Exact derivatives, not differences: nine interpolations with derivative weights. No unit. Arguments and errors as
+    for `jacobian`.
+
+    Source: Yan et al., Medical Physics 2026, section 4.4 (the determinant); de Boor, A Practical Guide to Splines,
+    2001 (the derivatives).
     """
     lengths = _lengths(control_grid, shape)
     values = [axis_weights("bspline", g, size) for g, size in zip(control_grid.shape[1:4], shape, strict=True)]

@@ -53,7 +53,7 @@ class Certificate:
     Attributes:
       invertible: the map is locally one-to-one at every point of its domain: `lower_bound` is positive.
       one_to_one: it is one-to-one on the domain as a whole.
-      lower_bound: no Jacobian determinant is below this.
+      lower_bound: no Jacobian determinant is below this (no unit).
       tests: those passed everywhere, of "size", "dominance", "Bernstein" (not tried in cells where another one proves
         more than `lower_bound`) and, no proof, "Euclidean size".
       cells: (i, j, k) of the knot cells where nothing is proven, the lowest bound first.
@@ -92,6 +92,9 @@ def certify(
     The module's text says what is proven, and by whom. Bounds are in float64, less a margin for its rounding: 6e-7 for
     the cubic spline and 3e-12 for the trilinear grid where u is small, growing with the cube of its derivatives. An
     affine map A applied after this one changes nothing but the determinant, by the factor det A.
+
+    Source: Choi and Lee, Graphical Models 2000; Ostrowski, Comment. Math. Helv. 1937; Farouki, Computer Aided Geometric
+    Design 2012.
 
     Args:
       control_grid: displacements in voxels.
@@ -162,6 +165,10 @@ def uniform_weights(grid_size: int) -> Float64[np.ndarray, "g g"]:
 
     Both describe the same spline on positions 0 to 1. Uniform B-spline i is centred at cell boundary i - 1, so that the
     first and the last one are centred a cell outside. Exact: the knots inside are the same, hence so are the splines.
+    The entries have no unit.
+
+    Source: the uniform cubic B-spline, Unser, IEEE Signal Processing Magazine 1999; the clamped ones, de Boor, A
+    Practical Guide to Splines, 2001.
 
     Raises:
       InputError: fewer than 4 coefficients.

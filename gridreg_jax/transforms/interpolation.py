@@ -26,7 +26,10 @@ JOINED = 64
 
 
 def hat_weights(size: int, places: Float64[np.ndarray, " P"]) -> Float64[np.ndarray, "P size"]:
-    """Linear interpolation between values at 0, 1, ..., `size - 1`, at places on that scale; constant beyond them."""
+    """Linear interpolation between values at 0, 1, ..., `size - 1`, at places on that scale; constant beyond them.
+
+    The weights have no unit. Source: the hat function of Yan et al., Medical Physics 2026, section 3.2, item 1.
+    """
     return np.maximum(0.0, 1.0 - np.abs(np.clip(places, 0, size - 1)[:, None] - np.arange(size)))
 
 
@@ -39,7 +42,10 @@ def trilinear_weights(grid_size: int, positions: Float64[np.ndarray, " P"]) -> F
 
 
 def bspline_knots(grid_size: int) -> Float64[np.ndarray, " knots"]:
-    """Clamped uniform knots of a cubic spline with `grid_size` coefficients: `grid_size - 3` cells of equal length."""
+    """Clamped uniform knots of a cubic spline with `grid_size` coefficients: `grid_size - 3` cells of equal length.
+
+    Positions in [0, 1]. Source: Yan et al., Medical Physics 2026, section 3.2, item 2 (the knot vector).
+    """
     return np.concatenate([np.zeros(3), np.linspace(0.0, 1.0, grid_size - 2), np.ones(3)])
 
 
@@ -115,6 +121,9 @@ def control_positions(method: str, grid_size: int) -> Float64[np.ndarray, " g"]:
     consecutive knots, closer together towards both ends. The values of a linear field at these positions, taken as
     control values, reproduce it: exactly for trilinear and bspline, roughly for gaussian. Cached and read-only.
 
+    Source: Yan et al., Medical Physics 2026, section 3.1 (a regular grid); de Boor, A Practical Guide to Splines, 1978
+    (Greville abscissae).
+
     Raises:
       InputError: unknown method, or too few control points.
     """
@@ -130,7 +139,9 @@ def control_positions(method: str, grid_size: int) -> Float64[np.ndarray, " g"]:
 def axis_weights(method: str, grid_size: int, size: int) -> Float64[np.ndarray, "size g"]:
     """Weights of the control points of an axis at its `size` voxel centres, `linspace(0, 1, size)`; rows sum to 1.
 
-    An axis of a single voxel has position 0. The array is cached and read-only.
+    An axis of a single voxel has position 0. The array is cached and read-only; the weights have no unit.
+
+    Source: Yan et al., Medical Physics 2026, section 3.2 (the basis functions along an axis).
 
     Raises:
       InputError: unknown method, or too few control points.
@@ -149,6 +160,9 @@ def contract(
     control_grid: Float[Array, "N gx gy gz C"], matrices: Sequence[Float[Array | np.ndarray, "_ _"]]
 ) -> Float[Array, "N x y z C"]:
     """Apply one matrix an axis, `[x, gx]`, `[y, gy]` and `[z, gz]`, to axes 1, 2 and 3.
+
+    With matrices of weights, which have no unit, the result keeps the unit of the control grid. Source: the tensor
+    product of Yan et al., Medical Physics 2026, section 3.2.
 
     In full float32, where accelerators would otherwise round the operands: at TF32 a displacement of 20 voxels would
     be off by a hundredth of a voxel. From x to z: of the six orders the fastest or within noise of it, forwards and
@@ -211,6 +225,9 @@ def interpolate_variance(
 
     Exact, and separable too: `Var u(x) = sum_k w_k(x)^2 variance_k`, with the weights of `interpolate`. Between control
     points it is smaller than at them, because independent errors average out.
+
+    Source: the variance of a weighted sum of independent values, for the variances that Yan et al., Medical Physics
+    2026, section 3.2, predict at the control points.
 
     Args:
       variance: squared unit of the control grid (voxels squared).

@@ -1,6 +1,5 @@
 """How a dense displacement stretches and folds space: the determinant of the Jacobian of `x -> x + displacement(x)`."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gridreg_jax.errors import InputError
@@ -34,19 +33,3 @@ def jacobian_determinant(displacement: Float[Array, "N X Y Z 3"]) -> Float[Array
     dy = (displacement[:, inner, 2:, inner] - displacement[:, inner, :-2, inner]) / 2
     dz = (displacement[:, inner, inner, 2:] - displacement[:, inner, inner, :-2]) / 2
     return determinant(dx, dy, dz)
-
-
-def folding_percent(displacement: Float[Array, "N X Y Z 3"]) -> Float[Array, " N"]:
-    """Percentage of interior voxels whose Jacobian determinant is 0 or less (see `jacobian_determinant`)."""
-    return 100 * jnp.mean(jacobian_determinant(displacement) <= 0, axis=(1, 2, 3))
-
-
-def sd_log_jacobian(displacement: Float[Array, "N X Y Z 3"]) -> Float[Array, " N"]:
-    """Standard deviation over the interior voxels of the natural logarithm of the Jacobian determinant.
-
-    0 for a translation or any affine map. Determinants are clipped below at 1e-9 first, so every folded voxel counts
-    as log(1e-9) = -20.7, however badly it folds. See `jacobian_determinant` for what raises.
-
-    Source: Leow et al., IEEE Trans. Med. Imaging 2007 (statistics of the log-Jacobian).
-    """
-    return jnp.std(jnp.log(jnp.maximum(jacobian_determinant(displacement), 1e-9)), axis=(1, 2, 3))

@@ -40,6 +40,8 @@ def check_kernel(kernel: str) -> None:
 class ThinPlate:
     """Thin-plate splines that `fit_thin_plate` has found, one a case.
 
+    Source: Duchon, Lecture Notes in Mathematics 571, 1977; Bookstein, IEEE TPAMI 1989.
+
     Attributes:
       centers: the points p.
       weights: w.
@@ -53,7 +55,10 @@ class ThinPlate:
     kernel: str = struct.field(pytree_node=False)
 
     def displacement_at(self, points: Float[Array, "P 3"]) -> Float[Array, "N P 3"]:
-        """`f(x) - x` at points, the same for all cases; a chunk of them at a time, to bound the memory."""
+        """`f(x) - x` at points, the same for all cases; a chunk of them at a time, to bound the memory.
+
+        In the unit of the points that the splines were fitted to. Source: the module's formula (Duchon 1977).
+        """
 
         @jax.checkpoint  # else the gradient keeps every distance
         def at(point):

@@ -24,7 +24,9 @@ def identity_grid(shape: tuple[int, int, int]) -> Float[Array, "X Y Z 3"]:
 
 
 def corners(points: Float[Array, "*P 3"], shape: tuple[int, int, int]):
-    """The eight voxels around each point, with their trilinear weights.
+    """The eight voxels around each point, with their trilinear weights (no unit).
+
+    Source: the linear sampling of Jaderberg et al., Spatial transformer networks, NeurIPS 2015, in three dimensions.
 
     Args:
       points: voxel coordinates; clamped to the lattice.
@@ -55,7 +57,10 @@ def corners(points: Float[Array, "*P 3"], shape: tuple[int, int, int]):
 
 
 def sample(volume: Num[Array, "X Y Z C"], points: Float[Array, "*P 3"]) -> Float[Array, "*P C"]:
-    """Trilinear values of a volume at voxel coordinates, with border padding."""
+    """Trilinear values of a volume at voxel coordinates, with border padding; in the unit of the volume.
+
+    Source: the linear sampling of Jaderberg et al., Spatial transformer networks, NeurIPS 2015, in three dimensions.
+    """
     return _sample(volume[None], *(points[None, ..., axis] for axis in range(3)))[0]
 
 
@@ -66,7 +71,9 @@ def warp(
     origin: Sequence[int] = (0, 0, 0),
     stride: int = 1,
 ) -> Float[Array, "N x y z C"]:
-    """Pull-back: `warped(x) = volume(x + displacement(x))`, trilinear, border padding.
+    """Pull-back: `warped(x) = volume(x + displacement(x))`, trilinear, border padding; in the unit of the volume.
+
+    Source: Yan et al., Medical Physics 2026, section 3.1 (W(M, T)); Jaderberg et al., NeurIPS 2015.
 
     Args:
       volume: what is sampled (the moving image).
@@ -96,7 +103,9 @@ def warp_by_grid(
     """Each volume warped by `interpolate(control_grid, shape)`, whose gradient needs no dense displacement.
 
     On the CPU the gradient is computed slab by slab across axis 0: what a slab needs stays in the cache, and the memory
-    for displacements, weights and their gradients is that of a slab.
+    for displacements, weights and their gradients is that of a slab. What comes back has the units of the volumes.
+
+    Source: Yan et al., Medical Physics 2026, sections 3.1 (warp) and 3.2 (interpolation); the slabs are this library's.
 
     Args:
       volumes: what is sampled (moving images, maps of labels), on one lattice.
@@ -236,6 +245,9 @@ def warp_labels(labels: Num[Array, "N X Y Z"], displacement: Float[Array, "N x y
     """Warp a label map: each voxel takes the label with the largest sum of trilinear weights (a linear vote).
 
     Smoother than the nearest neighbour, and it never invents a label. Ties go to the smaller corner index.
+    The displacement is in voxels; the labels are ids, without unit.
+
+    Source: Schaerer et al., A generic interpolator for multi-label images, Insight Journal 2014, with linear weights.
     """
 
     def one(volume, points):
@@ -252,7 +264,10 @@ def warp_labels(labels: Num[Array, "N X Y Z"], displacement: Float[Array, "N x y
 
 
 def compose(outer: Float[Array, "N X Y Z 3"], inner: Float[Array, "N X Y Z 3"]) -> Float[Array, "N X Y Z 3"]:
-    """Displacement of `outer` after `inner`: `u(x) = inner(x) + outer(x + inner(x))`, all in voxels."""
+    """Displacement of `outer` after `inner`: `u(x) = inner(x) + outer(x + inner(x))`, all in voxels.
+
+    Source: the definition of the composition of two maps, written in displacements.
+    """
     return inner + warp(outer, inner)
 
 
@@ -264,7 +279,7 @@ def half_lattice(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 def integrate(velocity: Float[Array, "N X Y Z 3"], *, steps: int = 7) -> Float[Array, "N X Y Z 3"]:
     """Displacement of the flow of a stationary velocity field at time 1, by scaling and squaring.
 
-    As many as 2**steps Euler steps. Source: Arsigny et al., MICCAI 2006.
+    As many as 2**steps Euler steps. Velocity and displacement are in voxels. Source: Arsigny et al., MICCAI 2006.
     """
     # A loop, not unrolled: XLA would fuse the chain of gathers into itself, and compile and run tens of times longer.
     return jax.lax.fori_loop(0, steps, lambda _, u: compose(u, u), velocity / 2**steps)
@@ -273,6 +288,6 @@ def integrate(velocity: Float[Array, "N X Y Z 3"], *, steps: int = 7) -> Float[A
 def invert(displacement: Float[Array, "N X Y Z 3"], *, iterations: int = 30) -> Float[Array, "N X Y Z 3"]:
     """Inverse displacement v with `v(y) + u(y + v(y)) = 0`, by fixed-point iteration (Chen et al., Med. Phys. 2008).
 
-    Converges where `u` is a contraction (Lipschitz constant below 1), with that constant as its rate.
+    Converges where `u` is a contraction (Lipschitz constant below 1), with that constant as its rate. In voxels.
     """
     return jax.lax.fori_loop(0, iterations, lambda _, v: -warp(displacement, v), jnp.zeros_like(displacement))

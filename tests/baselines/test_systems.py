@@ -152,6 +152,8 @@ def test_a_system_is_evaluated_like_a_run(subjects_csv, tmp_path, capsys, monkey
         rows = [*csv.DictReader(file)]
     assert sorted((row["fixed"], row["moving"]) for row in rows) == [("image6", "image7"), ("image7", "image6")]
     assert rows[0].keys() > {"dice_after_3", "tre_mm_after", "hd95_mm_after", "centroid_mm_after", "ndv_percent"}
+    learn2reg = {"learn2reg_dice", "learn2reg_hd95_voxels", "learn2reg_tre_mm", "learn2reg_sd_log_jacobian"}
+    assert rows[0].keys() > learn2reg | {"lumir_ndv_percent"}
     assert all(float(row["mse_after"]) < float(row["mse_before"]) for row in rows)
     assert {path.name for path in tmp_path.glob("*.png")} == {"case00.png", "case01.png"}
     assert f"2 cases, ncf with {threads()} threads" in capsys.readouterr().out
