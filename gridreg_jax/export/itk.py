@@ -7,7 +7,8 @@ Of several transforms in a list, as in ITK's composite transform, the last is ap
 as affine, then B-spline.
 
 Source: Insight Toolkit, itkBSplineTransform, itkMatrixOffsetTransformBase, itkDisplacementFieldTransform,
-itkCompositeTransform, and itkTxtTransformIO, itkMatlabTransformIO, itkHDF5TransformIO for the files.
+itkCompositeTransform, those in `AFFINES`, and itkTxtTransformIO, itkMatlabTransformIO, itkHDF5TransformIO for the
+files.
 """
 
 import dataclasses
@@ -30,6 +31,28 @@ from gridreg_jax.transforms.interpolation import check_grid_size
 # From RAS to LPS and back.
 FLIP = np.array([-1.0, -1.0, 1.0])
 COMPOSITE, TFM_HEADER = "CompositeTransform_double_3_3", "#Insight Transform File V1.0"
+AFFINE, BSPLINE = "AffineTransform_double_3_3", "BSplineTransform_double_3_3"
+FIELD = "DisplacementFieldTransform_double_3_3"
+# ITK's affine maps, each with its number of parameters. The fixed ones are the centre.
+AFFINES = {
+    "AffineTransform": 12,
+    "MatrixOffsetTransformBase": 12,
+    "IdentityTransform": 0,
+    "TranslationTransform": 3,
+    "ScaleTransform": 3,
+    "Euler3DTransform": 6,
+    "QuaternionRigidTransform": 7,
+    "VersorTransform": 3,
+    "VersorRigid3DTransform": 6,
+    "Similarity3DTransform": 7,
+    "ScaleVersor3DTransform": 9,
+    "ScaleSkewVersor3DTransform": 15,
+}
+# Affine maps with another number of fixed parameters than 3: of an Euler transform there may be a fourth, which is not
+# 0 where the order of the angles is z, y, x; the others have no need of a centre.
+FIXED_COUNTS = {"Euler3DTransform": (3, 4), "IdentityTransform": (0, 3), "TranslationTransform": (0, 3)}
+# Those that interpolate a grid, and the order of their splines.
+ORDERS = {BSPLINE: 3, FIELD: 1}
 # NIfTI's intent codes: ITK stores LPS vectors under the first and reads the second as RAS.
 VECTOR, DISPVECT = 1007, 1006
 # Voxels that are mapped at a time.
@@ -46,11 +69,13 @@ class ItkTransform:
       type: ITK's name, such as "BSplineTransform_double_3_3".
       parameters: LPS mm; their order depends on the type.
       fixed_parameters: the centre of an affine; of a grid its size, origin, spacing (LPS mm) and direction, by rows.
+      stored: the name that a file has for it, where `understood` gave it another type.
     """
 
     type: str
     parameters: Float64[np.ndarray, " P"]
     fixed_parameters: Float64[np.ndarray, " F"]
+    stored: str = ""
 
 
 def bspline_transform(
@@ -79,9 +104,7 @@ def bspline_transform(
     # The first uniform B-spline is centred a cell outside the lattice, and the ring two cells.
     grid_affine = _grid_affine(shape, [g - 3 for g in control_grid.shape[:3]], affine_fixed, start=-2)
     values = coefficients @ affine_fixed[:3, :3].T * FLIP
-    return ItkTransform(
-        "BSplineTransform_double_3_3", values.ravel(order="F"), _geometry(values.shape[:3], grid_affine)
-    )
+    return ItkTransform(BSPLINE, values.ravel(order="F"), _geometry(values.shape[:3], grid_affine))
 
 
 def displacement_field(
@@ -97,7 +120,7 @@ def displacement_field(
     grid_affine = _grid_affine(shape, [g - 1 for g in control_grid.shape[:3]], affine_fixed, start=0)
     values = np.asarray(control_grid, np.float64) @ affine_fixed[:3, :3].T * FLIP
     parameters = np.moveaxis(values, -1, 0).ravel(order="F")
-    return ItkTransform("DisplacementFieldTransform_double_3_3", parameters, _geometry(values.shape[:3], grid_affine))
+    return ItkTransform(FIELD, parameters, _geometry(values.shape[:3], grid_affine))
 
 
 def affine_transform(matrix: Num[np.ndarray, "4 4"]) -> ItkTransform:
@@ -107,19 +130,18 @@ def affine_transform(matrix: Num[np.ndarray, "4 4"]) -> ItkTransform:
       matrix: RAS mm of the fixed image -> RAS mm of the moving image.
     """
     linear = FLIP[:, None] * matrix[:3, :3] * FLIP
-    return ItkTransform("AffineTransform_double_3_3", np.r_[linear.ravel(), FLIP * matrix[:3, 3]], np.zeros(3))
+    return ItkTransform(AFFINE, np.r_[linear.ravel(), FLIP * matrix[:3, 3]], np.zeros(3))
 
 
 def apply(transforms: Sequence[ItkTransform], points_mm: Float[np.ndarray, "P 3"]) -> Float64[np.ndarray, "P 3"]:
     """Where ITK takes points of the fixed image: RAS mm -> RAS mm. The last transform is applied first.
 
     Raises:
-      InputError: a type other than affine, cubic B-spline and displacement field in three dimensions, or numbers of
-        parameters that do not fit it.
+      InputError: as for `understood`.
     """
     points = points_mm * FLIP
-    for transform in reversed(transforms):
-        points = _affine_map(transform, points) if _kind(transform) in AFFINES else _grid_map(transform, points)
+    for transform in map(understood, reversed(transforms)):
+        points = _affine_map(transform, points) if transform.type == AFFINE else _grid_map(transform, points)
     return points * FLIP
 
 
@@ -136,14 +158,15 @@ def displacement(
     Raises:
       InputError: as for `apply`.
     """
+    transforms = [understood(transform) for transform in transforms]
     result = np.empty((*shape, 3), np.float32)
     rows = max(1, SLAB // math.prod(shape[1:]))
     for first in range(0, shape[0], rows):
         slab = result[first : first + rows]
         voxels = np.stack(np.meshgrid(*map(np.arange, slab.shape[:3]), indexing="ij"), axis=-1).reshape(-1, 3)
         voxels = voxels + [first, 0.0, 0.0]
-        points, rest = geometry.voxel_to_world(voxels, affine), list(transforms)
-        if _kind(transforms[-1]) in ORDERS:
+        points, rest = geometry.voxel_to_world(voxels, affine), transforms
+        if transforms[-1].type in ORDERS:
             shift = affine.copy()
             shift[:3, 3] += first * affine[:3, 0]
             if (moved := _on_lattice(transforms[-1], slab.shape[:3], shift)) is not None:
@@ -205,11 +228,22 @@ def write_h5(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
 
 
 def read(path: str | Path) -> list[ItkTransform]:
-    """The transforms of a file of any of these formats, by its suffix; a displacement (NIfTI) as a field of vectors.
+    """The transforms of a file of any of these formats, by its suffix, as `understood` gives them; one at least.
 
     Raises:
-      InputError: another suffix, there is no such file, or it is damaged.
+      InputError: another suffix, there is no such file, it is damaged or holds no transform, or one that is not
+        understood.
     """
+    if not (transforms := _transforms_in(path)):
+        raise InputError(f"{path}: holds no transform: it is to list at least one")
+    try:
+        return [understood(transform) for transform in transforms]
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _transforms_in(path: str | Path) -> list[ItkTransform]:
+    """The transforms of a file as they are there; a displacement (NIfTI) as a field of vectors."""
     name = str(path)
     for suffixes, reader in (((".tfm", ".txt"), read_tfm), ((".mat",), read_mat), ((".h5", ".hdf5"), read_h5)):
         if name.endswith(suffixes):
@@ -219,7 +253,30 @@ def read(path: str | Path) -> list[ItkTransform]:
     displacement_mm, affine = load_displacement(path)
     parameters = np.moveaxis(displacement_mm * FLIP, -1, 0).ravel(order="F")
     geometry_of_field = _geometry(displacement_mm.shape[:3], affine)
-    return [ItkTransform("DisplacementFieldTransform_double_3_3", parameters, geometry_of_field)]
+    return [ItkTransform(FIELD, parameters, geometry_of_field)]
+
+
+def understood(transform: ItkTransform) -> ItkTransform:
+    """The same map as one of three types, in double precision: affine transform, cubic B-spline or displacement field.
+
+    Raises:
+      InputError: a type other than these and `AFFINES`, in three dimensions; numbers of parameters that do not fit it;
+        one that is not finite; a matrix, or the axes of a grid, that cannot be inverted.
+    """
+    kind, _, space = transform.type.replace("_float_", "_double_").partition("_double_")
+    grid = f"{kind}_double_3_3" in ORDERS
+    if not grid and kind not in AFFINES:
+        known = ", ".join([*AFFINES, *(name.split("_")[0] for name in ORDERS)])
+        raise InputError(f"{transform.type} is not understood: the known ones are {known}")
+    if space != "3_3":
+        raise InputError(f"{transform.type} is not understood: {kind}_double_3_3 is: three dimensions, cubic splines")
+    if not (np.isfinite(transform.parameters).all() and np.isfinite(transform.fixed_parameters).all()):
+        raise InputError(f"{transform.type} has parameters that are not finite: each is to be a number")
+    if not grid:
+        return _as_affine(transform, kind)
+    result = dataclasses.replace(transform, type=f"{kind}_double_3_3", stored=transform.stored or transform.type)
+    _check_grid(result)
+    return result
 
 
 def read_tfm(path: str | Path) -> list[ItkTransform]:
@@ -264,6 +321,8 @@ def read_mat(path: str | Path) -> list[ItkTransform]:
         (kind, parameters), (_, fixed_parameters) = arrays
     except (ValueError, LookupError, struct.error) as error:
         raise InputError(f"{path}: is no MATLAB 4 file of an ITK transform, or damaged ({error})") from error
+    if kind.startswith("CompositeTransform"):
+        raise InputError(f"{path}: a .mat file does not say what a composite is made of: write it as .tfm or .h5")
     return [ItkTransform(kind, parameters, fixed_parameters)]
 
 
@@ -274,12 +333,13 @@ def read_h5(path: str | Path) -> list[ItkTransform]:
     try:
         with h5py.File(path) as file:
             groups = file["TransformGroup"]
-            for number in sorted(groups, key=int):
-                kind = groups[number]["TransformType"].asstr()[0]
+            for group in (groups[number] for number in sorted(groups, key=int)):
+                kind = group["TransformType"].asstr()[0]
                 if not kind.startswith("CompositeTransform"):
-                    names = ("TransformParameters", "TransformFixedParameters")
-                    values = [groups[number][name][:].astype(np.float64) for name in names]
-                    transforms.append(ItkTransform(kind, *values))
+                    # Files before ITK 5 have the misspelt names.
+                    start = "Transform" if "TransformParameters" in group else "Tranform"
+                    names = (f"{start}Parameters", f"{start}FixedParameters")
+                    transforms.append(ItkTransform(kind, *(group[name][:].astype(np.float64) for name in names)))
     except (OSError, LookupError, ValueError, TypeError) as error:
         raise InputError(f"{path}: is no HDF5 file of ITK transforms, or damaged ({error})") from error
     return transforms
@@ -337,16 +397,83 @@ def _geometry(size: Sequence[int], grid_affine: Float64[np.ndarray, "4 4"]) -> F
     return np.concatenate([size, FLIP * grid_affine[:3, 3], spacing, direction.ravel()])
 
 
+def _as_affine(transform: ItkTransform, kind: str) -> ItkTransform:
+    """An affine map of any kind of `AFFINES` as the affine transform that it is."""
+    values, fixed = transform.parameters, transform.fixed_parameters
+    counts = FIXED_COUNTS.get(kind, (3,))
+    if values.size != AFFINES[kind] or fixed.size not in counts:
+        raise InputError(
+            f"{transform.type} has {AFFINES[kind]} parameters and {' or '.join(map(str, counts))} fixed ones, "
+            f"not {values.size} and {fixed.size}"
+        )
+    linear, translation = np.eye(3), np.zeros(3)
+    match kind:
+        case "AffineTransform" | "MatrixOffsetTransformBase":
+            linear, translation = values[:9].reshape(3, 3), values[9:]
+        case "IdentityTransform":
+            pass
+        case "TranslationTransform":
+            translation = values
+        case "ScaleTransform":
+            linear = np.diag(values)
+        case "QuaternionRigidTransform":
+            linear, translation = _turn(values[:3], values[3]), values[4:]
+        case "Euler3DTransform":
+            x, y, z = (_turn(np.sin(a / 2) * axis, np.cos(a / 2)) for a, axis in zip(values, np.eye(3), strict=False))
+            linear, translation = z @ y @ x if fixed[3:].any() else z @ x @ y, values[3:]
+        case _:
+            # ITK makes a versor that is not below 1 in length that much shorter.
+            versor = values[:3] / max(1, np.linalg.norm(values[:3]) * (1 + 1e-10))
+            linear = _turn(versor, math.sqrt(1 - versor @ versor))
+            if values.size > 3:
+                translation = values[3:6]
+            if kind == "Similarity3DTransform":
+                linear *= values[6]
+            elif values.size > 6:
+                linear += np.diag(values[6:9] - 1)
+            if values.size > 9:
+                linear[~np.eye(3, dtype=bool)] += values[9:]
+    if np.linalg.matrix_rank(linear) < 3:
+        raise InputError(f"{transform.type} cannot be inverted: its matrix is {linear.tolist()}")
+    center = fixed[:3] if fixed.size else np.zeros(3)
+    return ItkTransform(AFFINE, np.r_[linear.ravel(), translation], center, transform.stored or transform.type)
+
+
+def _turn(vector: Float64[np.ndarray, "3"], scalar: float) -> Float64[np.ndarray, "3 3"]:
+    """The matrix of a quaternion; as in ITK one that is not of length 1 scales too."""
+    x, y, z = vector
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return (scalar**2 - vector @ vector) * np.eye(3) + 2 * np.outer(vector, vector) + 2 * scalar * cross
+
+
+def _check_grid(transform: ItkTransform) -> None:
+    """Refuses a grid whose numbers do not fit each other."""
+    name, fixed, least = transform.stored, transform.fixed_parameters, 4 if transform.type == BSPLINE else 1
+    if fixed.size != 18:
+        raise InputError(f"{name} has 18 fixed parameters, not {fixed.size}")
+    size, spacing, direction = fixed[:3], fixed[6:9], fixed[9:].reshape(3, 3)
+    if (size % 1).any() or size.min() < least:
+        raise InputError(f"{name} has a size of whole numbers, at least {least} an axis, not {size.tolist()}")
+    if transform.parameters.size != 3 * math.prod(size):
+        raise InputError(
+            f"{name} has 3 parameters a grid point, {3 * math.prod(size):.0f} for the size {size.tolist()}, "
+            f"not {transform.parameters.size}"
+        )
+    if spacing.min() <= 0 or np.linalg.matrix_rank(direction) < 3:
+        raise InputError(
+            f"{name} has a spacing above 0 and a direction that can be inverted, not {spacing.tolist()} and "
+            f"{direction.tolist()}"
+        )
+
+
 def _affine_map(transform: ItkTransform, points: Float64[np.ndarray, "P 3"]) -> Float64[np.ndarray, "P 3"]:
-    if transform.parameters.shape != (12,) or transform.fixed_parameters.shape != (3,):
-        raise InputError(f"{transform.type} has 12 parameters and 3 fixed ones, not {_counts(transform)}")
     center = transform.fixed_parameters
     return (points - center) @ transform.parameters[:9].reshape(3, 3).T + center + transform.parameters[9:]
 
 
 def _grid_map(transform: ItkTransform, points: Float64[np.ndarray, "P 3"]) -> Float64[np.ndarray, "P 3"]:
     values, linear, origin = _grid(transform)
-    order = ORDERS[_kind(transform)]
+    order = ORDERS[transform.type]
     index, inside = _clipped((points - origin) @ linear.T, np.array(values.shape[1:]), order)
     displacement = [ndimage.map_coordinates(part, index.T, **_interpolation(order)) for part in values]
     return points + np.where(inside.all(axis=1)[:, None], np.stack(displacement, axis=1), 0)
@@ -366,7 +493,7 @@ def _on_lattice(
     across = np.abs(steps) @ (np.array(shape) - 1) - np.abs(steps[range(3), along]) * (np.array(shape) - 1)[along]
     if sorted(along) != [0, 1, 2] or across.max() > 1e-5:
         return None
-    order = ORDERS[_kind(transform)]
+    order = ORDERS[transform.type]
     for axis, size in enumerate(values.shape[1:]):
         index, inside = _clipped(start[axis] + steps[axis, along[axis]] * np.arange(shape[along[axis]]), size, order)
         weights = [ndimage.map_coordinates(unit, index[None], **_interpolation(order)) for unit in np.eye(size)]
@@ -375,30 +502,12 @@ def _on_lattice(
     return values.transpose(*(np.argsort(along) + 1), 0)
 
 
-# ITK's names of affine transforms, and of those that interpolate a grid, with the order of their splines.
-AFFINES = ("AffineTransform", "MatrixOffsetTransformBase")
-ORDERS = {"BSplineTransform": 3, "DisplacementFieldTransform": 1}
-
-
-def _kind(transform: ItkTransform) -> str:
-    kind = transform.type.replace("_float_", "_double_").removesuffix("_double_3_3")
-    if kind not in (known := (*AFFINES, *ORDERS)):
-        raise InputError(f"{transform.type} is not understood: the known ones are {', '.join(known)}, in 3-D")
-    return kind
-
-
 def _grid(transform: ItkTransform):
     """Values at the grid's points, component first, and linear part and origin of the map from LPS mm to its index."""
-    fixed, cubic = transform.fixed_parameters, ORDERS[_kind(transform)] == 3
-    least = 4 if cubic else 1
-    if fixed.shape != (18,) or min(fixed[:3]) < least or transform.parameters.size != 3 * math.prod(fixed[:3]):
-        raise InputError(
-            f"{transform.type} has 18 fixed parameters, the first three a size of at least {least} an axis, and "
-            f"3 parameters a grid point, not {_counts(transform)}"
-        )
+    fixed = transform.fixed_parameters
     size, origin, spacing, direction = fixed[:3].astype(int), fixed[3:6], fixed[6:9], fixed[9:].reshape(3, 3)
     # A B-spline has one component after the other, a field one point after the other; x is the fastest of the axes.
-    if cubic:
+    if transform.type == BSPLINE:
         values = transform.parameters.reshape(3, *size[::-1]).transpose(0, 3, 2, 1)
     else:
         values = transform.parameters.reshape(*size[::-1], 3).transpose(3, 2, 1, 0)
@@ -415,10 +524,6 @@ def _clipped(index: Float64[np.ndarray, "..."], size, order: int):
 
 def _interpolation(order: int) -> dict:
     return {"order": order, "prefilter": False, "mode": "nearest"}
-
-
-def _counts(transform: ItkTransform) -> str:
-    return f"{transform.parameters.size} and {transform.fixed_parameters.size} fixed ones"
 
 
 def _with_composite(transforms: Sequence[ItkTransform]) -> list[ItkTransform]:

@@ -26,7 +26,7 @@ def inspect(path: str | Path, image: str | Path | None = None) -> Iterator[str]:
       image: the fixed image (NIfTI) that the transform is for.
 
     Raises:
-      InputError: there is no such file, it is damaged, or of another format.
+      InputError: there is no such file, it is damaged, of another format, or holds what `itk.understood` refuses.
     """
     fixed = nifti.load_image(image) if image else None
     if str(path).endswith((".nii", ".nii.gz")):
@@ -52,11 +52,10 @@ def inspect(path: str | Path, image: str | Path | None = None) -> Iterator[str]:
 
 
 def _describe(transform: itk.ItkTransform, fixed: Volume | None) -> Iterator[str]:
-    kind = transform.type.split("_")[0]
-    if transform.fixed_parameters.size != 18:
+    kind = transform.stored.split("_")[0]
+    if transform.type == itk.AFFINE:
         yield f"{kind}: acts everywhere"
-        if transform.parameters.size == 12:
-            yield f"  determinant {np.linalg.det(transform.parameters[:9].reshape(3, 3)):.4g}"
+        yield f"  determinant {np.linalg.det(transform.parameters[:9].reshape(3, 3)):.4g}"
         return
     size, origin, spacing = (transform.fixed_parameters[i : i + 3] for i in (0, 3, 6))
     points = "control points" if kind == "BSplineTransform" else "voxels"
@@ -66,22 +65,46 @@ def _describe(transform: itk.ItkTransform, fixed: Volume | None) -> Iterator[str
         outside = _outside(transform, fixed, margin=1.0 if kind == "BSplineTransform" else -0.5)
         yield f"  {100 * outside:.3g} % of the image's voxels lie outside its domain, where it moves nothing"
     if kind == "BSplineTransform":
-        where = "inside the image" if fixed is not None else "in all its cells (--image: in those of the image)"
-        yield f"  {where}: {_certificate(transform, fixed)}"
+        yield from _invertible(transform, fixed)
 
 
-def _certificate(transform: itk.ItkTransform, fixed: Volume | None) -> Certificate:
-    """Of ITK's uniform cubic spline, over the cells that an image touches, or over all."""
+def _invertible(transform: itk.ItkTransform, fixed: Volume | None) -> Iterator[str]:
+    """What is proven of ITK's uniform cubic spline in the cells that an image touches, or in all of them."""
     size = transform.fixed_parameters[:3].astype(int)
     spacing, direction = transform.fixed_parameters[6:9], transform.fixed_parameters[9:].reshape(3, 3)
     # Displacements along the axes of the grid, in cells.
-    control_grid = transform.parameters.reshape(*size, 3, order="F") @ direction / spacing
+    control_grid = transform.parameters.reshape(*size, 3, order="F") @ np.linalg.inv(direction * spacing).T
     if fixed is not None:
         corners = np.array(list(itertools.product(*[(0, n - 1) for n in fixed.array.shape])))
         index = _index(transform, fixed, [corners[:, axis] for axis in range(3)])
         low = [int(np.clip(np.floor(values.min() + 1e-6), 1, n - 3)) for values, n in zip(index, size, strict=True)]
         high = [int(np.clip(np.ceil(values.max() - 1e-6), 2, n - 2)) for values, n in zip(index, size, strict=True)]
-        control_grid = control_grid[tuple(slice(a - 1, b + 2) for a, b in zip(low, high, strict=True))]
+        part = control_grid[tuple(slice(a - 1, b + 2) for a, b in zip(low, high, strict=True))]
+        yield f"  inside the image: {_certificate(part)}"
+        return
+    whole = _certificate(control_grid)
+    if not _has_added_ring(control_grid):
+        yield f"  in all its cells (--image: in those of the image): {whole}"
+        return
+    inside = _certificate(control_grid[1:-1, 1:-1, 1:-1])
+    yield f"  in all its cells but the outermost (--image: in those of the image): {inside}"
+    if ring := np.count_nonzero(((whole.cells == 0) | (whole.cells == np.array(whole.cell_counts) - 1)).any(axis=1)):
+        found = f"{'it folds; ' if whole.folds and not inside.folds else ''}not proven in {ring} of them"
+        yield f"  outside of the image it was made for, in the cells added around it: {found}"
+
+
+def _has_added_ring(control_grid: Float[np.ndarray, "gx gy gz 3"]) -> bool:
+    """Whether the outermost values are the copies that `itk.bspline_transform` adds outside of the image, where the
+    spline may be as steep as it likes. Zeros tell nothing: other programs leave them at the border of the image."""
+    inside = control_grid[1:-1, 1:-1, 1:-1]
+    if min(inside.shape[:3]) < 4 or np.count_nonzero(inside) == np.count_nonzero(control_grid):
+        return False
+    copied = np.pad(inside, [(1, 1)] * 3 + [(0, 0)], mode="edge")
+    return np.allclose(copied, control_grid, rtol=0, atol=1e-9 * np.abs(inside).max())
+
+
+def _certificate(control_grid: Float[np.ndarray, "gx gy gz 3"]) -> Certificate:
+    """Of a uniform cubic spline, displacements in cells."""
     cells = tuple(n - 3 for n in control_grid.shape[:3])
     for n in control_grid.shape[:3]:  # from uniform to clamped B-splines; each product moves its axis to the end
         control_grid = np.tensordot(control_grid, np.linalg.inv(uniform_weights(n)), (0, 1))

@@ -320,8 +320,9 @@ def test_wrong_arguments_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "count", "fixed", "message"),
     [
-        ("Euler3DTransform_double_3_3", 6, [0, 0, 0, 0], "not understood"),
+        ("BSplineDeformableTransform_double_3_3", 6, [0, 0, 0, 0], "not understood"),
         ("BSplineTransform_double_3_3_1", 6, [0, 0, 0, 0], "not understood"),
+        ("Euler2DTransform_double_2_2", 3, [0, 0], "not understood"),
         ("AffineTransform_double_3_3", 6, [0, 0, 0], "12 parameters"),
         ("BSplineTransform_double_3_3", 81, [3, 3, 3, *[0] * 15], "at least 4"),
         ("DisplacementFieldTransform_double_3_3", 80, [3, 3, 3, *[0] * 15], "3 parameters a grid point"),
