@@ -10,20 +10,20 @@ import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
-from benchmarks.versus_torch import cpu_model
+from benchmarks.arguments import at_least, result_file
+from benchmarks.hardware import hardware
 from gridreg_jax import conv, losses
 from gridreg_jax.attention import window_attention
 from gridreg_jax.programs import compiler_options
 from gridreg_jax.transforms import bspline
 from gridreg_jax.transforms.interpolation import axis_weights, interpolate
-from gridreg_jax.transforms.warp import warp
+from gridreg_jax.transforms.warp import warp, warp_by_grid
 
 
 def plain_warp(moving, displacement):
@@ -50,6 +50,21 @@ def plain_dice(fixed_labels, moving_labels, displacement):
         moving = plain_warp((moving_labels == label).astype(jnp.float32)[..., None], displacement)[..., 0]
         scores.append(2 * (fixed * moving).sum((1, 2, 3)) / (fixed.sum((1, 2, 3)) + moving.sum((1, 2, 3))))
     return 1 - sum(scores) / 2
+
+
+def plain_lncc(fixed, warped, window=9):
+    """All voxels of a window summed at once; the images as they are, since a correlation is blind to their scale."""
+    # How many voxels of a window exist: by NumPy, since XLA would take long to fold the sums of a constant.
+    lines = [np.convolve(np.ones(n), np.ones(window))[window // 2 :][:n] for n in fixed.shape[1:4]]
+    count = np.einsum("x,y,z->xyz", *lines)[..., None].astype(np.float32)
+
+    def mean(values):
+        cube = (1, window, window, window, 1)
+        return jax.lax.reduce_window(values, 0.0, jax.lax.add, cube, (1,) * 5, "SAME") / count
+
+    covariance = mean(fixed * warped) - mean(fixed) * mean(warped)
+    variances = [mean(image**2) - mean(image) ** 2 for image in (fixed, warped)]
+    return 1 - jnp.mean(covariance**2 / (variances[0] * variances[1] + 1e-8), axis=(1, 2, 3, 4))
 
 
 def plain_attention(query, key, value, bias, window):
@@ -79,6 +94,7 @@ def cases(shape) -> dict:
     pair, half = normal(1, *shape, 2), normal(1, *(n // 2 for n in shape), 16)
     grid, displacement = normal(1, 10, 10, 10, 3), normal(1, *shape, 3)
     moving = jnp.asarray(rng.uniform(size=(1, *shape, 1)), jnp.float32)
+    fixed = moving + normal(*moving.shape, scale=0.1)
     labels = [jnp.asarray(rng.integers(0, 3, (1, *shape)), jnp.int32) for _ in range(2)]
     tokens = [normal(1, 15, 15, 15, 32, scale=0.3) for _ in range(3)] + [normal(27, 4)]
 
@@ -110,6 +126,13 @@ def cases(shape) -> dict:
             (0,),
         ),
         "linear warp": (warp, plain_warp, [moving, displacement], (1,)),
+        "warp by a control grid": (
+            lambda moving, grid: warp_by_grid([moving[..., 0]], grid, shape, method="bspline")[0],
+            lambda moving, grid: warp(moving, spline(grid))[..., 0],
+            [moving, grid],
+            (1,),
+        ),
+        "local correlation, window 9": (losses.lncc, plain_lncc, [fixed, moving], (1,)),
         "soft Dice, 2 labels": (
             lambda *arguments: losses.soft_dice(*arguments, num_labels=2),
             plain_dice,
@@ -142,12 +165,12 @@ def difference(fast, plain) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", type=int, nargs=3, default=(128, 128, 102), help="voxels an axis")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--shape", type=at_least(3), nargs=3, default=(128, 128, 102), help="voxels an axis")
+    parser.add_argument("--repeats", type=at_least(1), default=5)
+    parser.add_argument("--out", type=result_file, help="JSON file for the result")
     options = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"{device.device_kind} ({device.platform}), {cpu_model()}; medians of {options.repeats}, ms: fast / plain")
+    machine = hardware()
+    print("{device}, {cpu}, {cores} cores".format(**machine) + f"; medians of {options.repeats}, ms: fast / plain")
     rows = {}
     for name, (fast, plain, arguments, of) in cases(tuple(options.shape)).items():
         row = rows[name] = {}
@@ -165,7 +188,7 @@ def main() -> None:
         line += "{plain_gradient_ms:<8.1f} difference {forward_difference:.0e}, {gradient_difference:.0e}"
         print(line.format(name, **row), flush=True)
     if options.out:
-        result = {"device": device.device_kind, "cpu": cpu_model(), "shape": options.shape, "kernels": rows}
+        result = {"hardware": machine, "shape": options.shape, "kernels": rows}
         options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Every model that a config can name: parameters, arithmetic, memory and time of a prediction.
+"""Every model of the library and of a config's argument: parameters, arithmetic, memory and time of a prediction.
 
     python -m benchmarks.models [--shape 96 96 96] [--grid 10] [--repeats 3] [--only gridreg voxelmorph] [--out FILE]
 
@@ -11,14 +11,16 @@ import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from benchmarks.versus_torch import cpu_model, make_batch
+from benchmarks.arguments import at_least, result_file
+from benchmarks.hardware import hardware
+from benchmarks.versus_torch import make_batch
 from configs.models import MODELS
 from gridreg_jax.measure import make_predict
+from gridreg_jax.models import MODELS as REGISTERED
 from gridreg_jax.models import build, has_control_grid
 from gridreg_jax.training.step import bytes_needed
 
@@ -48,26 +50,27 @@ def measure(model, shape: tuple[int, int, int], grid: int, repeats: int) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", type=int, nargs=3, default=(96, 96, 96), help="voxels an axis")
-    parser.add_argument("--grid", type=int, default=10, help="control points an axis, of models that have them")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shape", type=at_least(3), nargs=3, default=(96, 96, 96), help="voxels an axis")
+    parser.add_argument("--grid", type=at_least(2), default=10, help="control points an axis, of models that have them")
+    parser.add_argument("--repeats", type=at_least(1), default=3)
     parser.add_argument("--only", nargs="+", help="names of models; all by default")
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--out", type=result_file, help="JSON file for the result")
     options = parser.parse_args()
-    known = {"gridreg": dict(name="gridreg")} | {name: entry["fields"] for name, entry in MODELS.items()}
+    known = {name: dict(name=name) for name in REGISTERED} | {name: entry["fields"] for name, entry in MODELS.items()}
     unknown = set(options.only or ()) - set(known)
     if unknown:
         parser.error(f"--only: {', '.join(sorted(unknown))} not known; known are {', '.join(known)}")
     # What is kept traced is for one platform; arithmetic is counted as on another.
     jax.config.update("jax_compilation_cache_dir", None)
-    print(f"{'x'.join(map(str, options.shape))} voxels, {jax.devices()[0].device_kind}, {cpu_model()}")
+    machine = hardware()
+    print(f"{'x'.join(map(str, options.shape))} voxels, " + "{device}, {cpu}, {cores} cores".format(**machine))
     print(f"{'':<24}{'parameters':>12}{'GFLOP':>9}{'MiB':>8}{'ms':>9}")
     rows = {}
     for name in options.only or known:
         row = rows[name] = measure(build(**known[name]), tuple(options.shape), options.grid, options.repeats)
         print(f"{name:<24}{row['parameters']:>12,}{row['gflop']:>9.1f}{row['memory_mib']:>8.0f}{row['ms']:>9.0f}")
     if options.out:
-        result = {"cpu": cpu_model(), "shape": options.shape, "grid": options.grid, "models": rows}
+        result = {"hardware": machine, "shape": options.shape, "grid": options.grid, "models": rows}
         options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

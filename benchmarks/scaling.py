@@ -5,20 +5,21 @@
 A training step (squared difference, soft Dice with two labels, bending energy, Adam, batch 1) and a prediction
 (network, interpolation, warp), of images with `size`^3 voxels at grid 10, and at 96^3 voxels of every grid. An exponent
 of 1 is time in proportion to the voxels. Memory is that of the compiled step: arguments, temporaries and outputs. It
-runs the same on every device; on an accelerator `--peak_tflops` and `--peak_gbs` make it say what share of these the
-arithmetic and the memory traffic that XLA counts took up.
+runs the same on every device (on one, where there are several); on an accelerator `--peak_tflops` and `--peak_gbs` make
+it say what share of these the arithmetic and the memory traffic that XLA counts took up.
 """
 
 import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from benchmarks.versus_torch import NUM_LABELS, cpu_model, make_batch, weights
+from benchmarks.arguments import at_least, result_file
+from benchmarks.hardware import hardware
+from benchmarks.versus_torch import NUM_LABELS, make_batch, weights
 from gridreg_jax.measure import make_predict
 from gridreg_jax.training.step import build_run, bytes_needed, compile_steps, make_train_step, shard
 
@@ -28,7 +29,7 @@ def measure(size: int, grid: int, repeats: int) -> dict:
     shape = (size,) * 3
     optimizer = dict(name="adam", learning_rate=1e-4)
     config = dict(model=dict(name="gridreg"), optimizer=optimizer, data=dict(shape=shape), grid_sizes=(grid,))
-    run = build_run(config | dict(steps=1000, seed=0))
+    run = build_run(config | dict(steps=1000, seed=0, batch_size=1))  # so that one device takes it
     loss = dict(interpolator=run.model.interpolator, num_labels=NUM_LABELS, grid=0.0, **weights(shape))
     step = make_train_step(run.model, run.optimizer, seed=0, loss=loss, augmentation={})
     batch = make_batch(shape)
@@ -64,15 +65,19 @@ def exponent(rows: list[dict], key: str, value: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=(64, 96, 128, 160, 192), help="voxels an axis")
-    parser.add_argument("--grids", type=int, nargs="+", default=(5, 8, 10, 15, 20), help="control points an axis")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sizes", type=at_least(3), nargs="+", default=(64, 96, 128, 160, 192), help="voxels an axis")
+    parser.add_argument("--grids", type=at_least(2), nargs="+", default=(5, 8, 10, 15, 20), help="points an axis")
+    parser.add_argument("--repeats", type=at_least(1), default=5)
     parser.add_argument("--peak_tflops", type=float, default=0.0, help="of the device")
     parser.add_argument("--peak_gbs", type=float, default=0.0, help="memory bandwidth of the device, GB/s")
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--out", type=result_file, help="JSON file for the result")
     options = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"{device.device_kind} ({device.platform}), {cpu_model()}; medians of {options.repeats}")
+    if min(len(set(options.sizes)), len(set(options.grids))) < 2:
+        parser.error("--sizes, --grids: an exponent is fitted over each of them: give two or more that differ")
+    if (options.peak_tflops > 0) != (options.peak_gbs > 0):
+        parser.error("--peak_tflops, --peak_gbs: give both or neither")
+    machine = hardware()
+    print("{device}, {cpu}, {cores} cores".format(**machine) + f"; medians of {options.repeats}")
     print("{:>6}{:>6}{:>12}{:>14}{:>13}".format("size", "grid", "train, ms", "inference, ms", "memory, MiB"))
     rows = {"by_size": [(size, 10) for size in options.sizes], "by_grid": [(96, grid) for grid in options.grids]}
     for name, settings in rows.items():
@@ -81,7 +86,7 @@ def main() -> None:
             row = measure(size, grid, options.repeats)
             rows[name].append(row)
             line = "{size:>6}{grid:>6}{train_ms:>12.0f}{inference_ms:>14.0f}{memory_mib:>13.0f}".format(**row)
-            if options.peak_tflops and options.peak_gbs:
+            if options.peak_tflops > 0:
                 seconds = row["train_ms"] / 1e3
                 row["share_of_peak_flops"] = row["gflop"] / 1e3 / seconds / options.peak_tflops
                 row["share_of_peak_bandwidth"] = row["gbyte"] / seconds / options.peak_gbs
@@ -93,7 +98,7 @@ def main() -> None:
         fitted[f"{name}_over_control_points"] = exponent(rows["by_grid"], "grid", name) / 3
     print("exponents: " + ", ".join(f"{name} {value:.2f}" for name, value in fitted.items()))
     if options.out:
-        result = {"device": device.device_kind, "cpu": cpu_model(), "repeats": options.repeats, "exponents": fitted}
+        result = {"hardware": machine, "repeats": options.repeats, "exponents": fitted}
         options.out.write_text(json.dumps(result | rows, indent=2) + "\n")
 
 

@@ -19,12 +19,10 @@ step and so includes XLA's compiler, and in a second one, which reads it from th
 
 import argparse
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import os
 import pickle
-import platform
 import resource
 import statistics
 import subprocess
@@ -34,6 +32,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from benchmarks.arguments import at_least, result_file
+from benchmarks.hardware import cores, hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATE = 1e-4
@@ -73,7 +74,7 @@ class Jax:
 
         from gridreg_jax.doorway import prepare_process
         from gridreg_jax.measure import make_predict
-        from gridreg_jax.training.step import TrainState, build_run, compile_steps, make_train_step, replicated, shard
+        from gridreg_jax.training.step import TrainState, build_run, compile_steps, make_train_step, shard
 
         prepare_process()
         fields = dict(interpolator=options.interpolator, contrast_window=options.contrast_window)
@@ -85,6 +86,7 @@ class Jax:
                 grid_sizes=(options.grid,),
                 steps=1000,
                 seed=0,
+                batch_size=1,
             )
         )
         self.grid_size, self.shape = run.grid_size, options.shape
@@ -92,14 +94,14 @@ class Jax:
         self.block = jax.block_until_ready
 
         # Away from the start, where the head is zero and the displacement too.
-        rng = np.random.default_rng(1)
+        rng, start = np.random.default_rng(1), run.init_state()
         params = jax.tree.map(
-            lambda leaf: leaf + 0.02 * rng.normal(size=leaf.shape).astype(np.float32), run.init_state().params
+            lambda leaf: leaf + 0.02 * rng.normal(size=leaf.shape).astype(np.float32), start.params
         )
         (folder / "params.pickle").write_bytes(pickle.dumps(jax.device_get(params)))
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         state = TrainState(np.zeros((), np.int32), params, run.optimizer.init(params))
-        self.state = jax.device_put(state, replicated())
+        self.state = jax.device_put(state, start.step.sharding)
         # `train` consumes the state, so the prediction has a copy of its own.
         self.params = jax.device_put(jax.device_get(params))
 
@@ -132,7 +134,7 @@ class Torch:
 
         from benchmarks import torch_gridreg, torch_published
 
-        torch.set_num_threads(os.cpu_count())
+        torch.set_num_threads(cores())
         self.torch, self.gridreg, self.options = torch, torch_gridreg, options
         self.grid_size = (options.grid,) * 3
         if options.against == "same":
@@ -149,6 +151,8 @@ class Torch:
         self.batch |= {name: self.batch[name].movedim(-1, 1) for name in ("fixed", "moving")}
 
     def train(self) -> float:
+        if not self.model.training:
+            self.model.train()
         self.optimizer.zero_grad()
         displacement, control_grid = self.model(self.batch["fixed"], self.batch["moving"], self.grid_size)
         loss = self.gridreg.objective(
@@ -164,6 +168,8 @@ class Torch:
         return loss.item()
 
     def inference(self) -> np.ndarray:
+        if self.model.training:  # only in the run before a measured one; the published network has dropout
+            self.model.eval()
         with self.torch.inference_mode():
             displacement, _ = self.model(self.batch["fixed"], self.batch["moving"], self.grid_size)
             self.gridreg.warp(self.batch["moving"], displacement)
@@ -282,19 +288,8 @@ def measure(options) -> dict:
         "interpolator": options.interpolator,
         "contrast_window": options.contrast_window,
         "repeats": options.repeats,
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "versions": {name: importlib.metadata.version(name) for name in SYSTEMS},
+        "hardware": hardware("cpu", packages=SYSTEMS),
     }
-
-
-def cpu_model() -> str:
-    """Name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def table(result: dict) -> str:
@@ -308,31 +303,34 @@ def table(result: dict) -> str:
         rows.append((name, *(f"{result[key][system]:.1f}" for system in SYSTEMS), f"{result[ratio]:.2f}"))
     rows.append(("  of a first start", "", "", f"{result['first_start_memory_ratio']:.2f}"))
     rows.append(("parameters", *(str(result["parameters"][system]) for system in SYSTEMS), ""))
-    rows.append(("version", *(result["versions"][system] for system in SYSTEMS), ""))
+    rows.append(("version", *(result["hardware"]["versions"][system] for system in SYSTEMS), ""))
     setting = f"{'x'.join(map(str, result['shape']))} voxels, grid {result['grid']}, {result['interpolator']}"
     if result["against"] == "published":
         setting += "; in PyTorch the published network"
-    computer = f"{result['cpu']}, {result['cores']} cores; medians of {result['repeats']} runs"
+    computer = "{cpu}, {cores} cores".format(**result["hardware"]) + f"; medians of {result['repeats']} runs"
     return "\n".join([setting, computer, *("{:<20}{:>14}{:>14}{:>8}".format(*row).rstrip() for row in rows)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", type=int, nargs=3, default=(128, 128, 102), help="voxels an axis")
-    parser.add_argument("--grid", type=int, default=10, help="control points an axis")
-    parser.add_argument("--repeats", type=int, default=7, help="measured runs of each kind and system")
+    # PyTorch refuses to take the norm of one voxel, which is what the coarsest level has of 16 an axis.
+    parser.add_argument("--shape", type=at_least(17), nargs=3, default=(128, 128, 102), help="voxels an axis")
+    parser.add_argument("--grid", type=at_least(2), default=10, help="control points an axis")
+    parser.add_argument("--repeats", type=at_least(1), default=7, help="measured runs of each kind and system")
     parser.add_argument("--interpolator", choices=("bspline", "trilinear"), default="bspline")
-    parser.add_argument("--contrast_window", type=int, default=0, help="local normalisation, odd; 0 for none")
+    parser.add_argument("--contrast_window", type=at_least(0), default=0, help="local normalisation, odd; 0 for none")
     parser.add_argument("--against", choices=AGAINST, default="same", help="which network PyTorch runs")
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--out", type=result_file, help="JSON file for the result")
     # What a child process is started with.
     parser.add_argument("--system", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--only_train", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.shape = tuple(options.shape)
-    if options.repeats < 1:
-        parser.error("--repeats: give 1 or more")
+    if options.interpolator == "bspline" and options.grid < 4:
+        parser.error("--grid: bspline needs 4 or more")
+    if options.contrast_window and options.contrast_window % 2 == 0:
+        parser.error("--contrast_window: give an odd number, or 0")
     if options.system:
         return serve(options)
     if not importlib.util.find_spec("torch"):

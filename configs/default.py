@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     config.loss.dice = 0.0
     config.loss.bending = 10.0  # per squared voxel; `paper` below converts the paper's
     config.loss.folding = 0.0  # of Jacobian determinants below 0.25
+    config.loss.elastic = (0.0, 0.0)  # Lame constants mu and lambda of a cubic spline's elastic energy
     config.loss.gradient = 0.0  # of squared first differences of the velocity or the displacement
     config.loss.kl = 0.0  # of the divergence of a velocity's posterior from a smooth prior,
     config.loss.kl_precision = 10.0  # and that prior's precision

@@ -1,7 +1,10 @@
-"""What the C library's allocator keeps of freed memory (glibc; elsewhere nothing is done)."""
+"""Memory of the process: what a container leaves to it, and what the C library's allocator keeps (glibc alone)."""
 
+import contextlib
 import ctypes
 import gc
+import math
+from pathlib import Path
 
 # malloc.h
 _M_TRIM_THRESHOLD = -1
@@ -31,6 +34,34 @@ def return_freed_memory() -> None:
     libc = _glibc()
     if libc:
         libc.malloc_trim(0)
+
+
+def left_to_group(mounted: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> int | float:
+    """Bytes that a container, or a cluster's job, still leaves to this process; infinite where nothing limits it.
+
+    Files that a group has read lately count as its memory, but make room.
+
+    Args:
+      mounted: where Linux shows control groups, of version 1 or 2.
+      groups: which ones the process is in.
+    """
+    left = math.inf
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, used, files = mounted, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, files = mounted / "memory", "total_inactive_file"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents[: len(own.parts) - len(root.parts)]):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
+                numbers = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                most, taken = (int((folder / name).read_text()) for name in (limit, used))
+                left = min(left, max(0, most - taken + int(numbers[files])))
+    return left
 
 
 def _glibc():

@@ -1,4 +1,8 @@
-"""The benchmark's networks in PyTorch: one is the JAX network, the other has the parameters of the published one."""
+"""The benchmarks: their networks in PyTorch (one is the JAX network, one the published one), and their arguments."""
+
+import importlib
+import sys
+from argparse import Namespace
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +12,15 @@ import pytest
 from gridreg_jax.models import build
 from gridreg_jax.training.objective import objective
 
-torch = pytest.importorskip("torch")
-from benchmarks import torch_gridreg, torch_published  # noqa: E402 (they need torch)
-
 SHAPE, GRID = (16, 20, 16), (5, 4, 6)
 TINY = dict(levels=4, width=4, projection=8, decoder=8, heads=2)
+SCRIPTS = ("kernels", "models", "scaling", "versus_torch")
 WEIGHTS = dict(num_labels=2, dice=1.0, bending=50.0)
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
 
 
 def make_batch():
@@ -23,7 +30,9 @@ def make_batch():
 
 
 @pytest.mark.parametrize(("interpolator", "contrast_window"), [("bspline", 0), ("trilinear", 5)])
-def test_same_displacement_loss_and_gradient_as_in_torch(interpolator, contrast_window):
+def test_same_displacement_loss_and_gradient_as_in_torch(torch, interpolator, contrast_window):
+    from benchmarks import torch_gridreg
+
     fields, batch = TINY | dict(interpolator=interpolator, contrast_window=contrast_window), make_batch()
     model = build("gridreg", **fields)
 
@@ -59,7 +68,9 @@ def test_same_displacement_loss_and_gradient_as_in_torch(interpolator, contrast_
         assert error <= 1e-3 * np.abs(wanted).max(), name
 
 
-def test_the_published_network_has_its_parameters_and_sees_voxels_everywhere():
+def test_the_published_network_has_its_parameters_and_sees_voxels_everywhere(torch):
+    from benchmarks import torch_published
+
     module = torch_published.PublishedGridReg()
     encoder = sum(p.numel() for p in module.levels.parameters())
     # The count of all is 333 999, of which 28 800 and 792 belong to layers that never run.
@@ -70,3 +81,48 @@ def test_the_published_network_has_its_parameters_and_sees_voxels_everywhere():
     corners = displacement.detach()[0, [0, -1]][:, [0, -1]][:, :, [0, -1]]
     np.testing.assert_allclose(corners, control_grid.detach()[0, [0, -1]][:, [0, -1]][:, :, [0, -1]], atol=1e-5)
     assert (torch.autograd.grad(control_grid[0, 0, 0, 0].sum(), moving)[0] != 0).float().mean() > 0.99
+
+
+def test_inference_in_torch_is_without_dropout(torch, tmp_path):
+    from benchmarks.versus_torch import Torch
+
+    system = Torch(Namespace(against="published", shape=(32, 32, 24), grid=4), tmp_path)
+    system.train()
+    assert np.array_equal(system.inference(), system.inference())
+    system.train()
+    assert system.model.training
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        *((script, "--repeats 0", "1 or more") for script in SCRIPTS),
+        *((script, "--out missing/x.json", "a folder that exists") for script in SCRIPTS),
+        ("versus_torch", "--grid 3", "bspline needs 4 or more"),
+        ("versus_torch", "--contrast_window 4", "odd"),
+        ("kernels", "--shape 8 8 x", "3 or more"),
+        ("models", "--grid 1", "2 or more"),
+        ("models", "--only nothing", "nothing not known; known are gridreg, gridreg_pointwise, "),
+        ("scaling", "--grids 3", "two or more"),
+        ("scaling", "--sizes 64 64", "two or more"),
+        ("scaling", "--peak_gbs 100", "both or neither"),
+        ("register", "missing.csv", "missing.csv: cannot be read"),
+        ("register", "pairs.csv", "row 2: no such file: a.nii"),
+        ("register", "pairs.csv --task none", "no row is of dataset '' and task 'none'"),
+        ("register", "pairs.csv --preset x", "'x' (choose from "),
+        ("register", "pairs.csv --runs 0", "1 or more"),
+        ("register", "pairs.csv --out missing/x.json", "a folder that exists"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_anything_is_measured(
+    script, arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.csv").write_text("fixed,moving,fixed_labels,moving_labels,task\na.nii,b.nii,c.nii,d.nii,all\n")
+    module = importlib.import_module(f"benchmarks.{script}")
+    monkeypatch.delattr(module, "cases" if script == "kernels" else "measure")
+    monkeypatch.setattr(sys, "argv", [script, *arguments.split()])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

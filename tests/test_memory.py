@@ -1,8 +1,11 @@
+import math
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from gridreg_jax.memory import left_to_group
 
 # Pages that are mapped anew by blocks of some MiB, taken and freed again and again.
 PROGRAM = """
@@ -28,3 +31,23 @@ def test_what_is_freed_is_kept_up_to_a_size():
     kept, given_back = map(int, answer.stdout.split())
     # Pages may be large: of 2 MiB.
     assert kept < 32 < given_back
+
+
+def test_the_tightest_group_limits_whatever_the_version(tmp_path):
+    def group(folder, names, most, taken, files):
+        folder.mkdir(parents=True)
+        for name, value in zip(names, (most, taken), strict=True):
+            (folder / f"memory.{name}").write_text(f"{value}\n")
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {files}\ntotal_inactive_file {files}\n")
+
+    def left(text):
+        (tmp_path / "groups").write_text(text)
+        return left_to_group(tmp_path, tmp_path / "groups")
+
+    group(tmp_path / "job", ("max", "current"), 1000, 700, 50)
+    group(tmp_path / "job" / "step", ("max", "current"), "max", 600, 10)
+    group(tmp_path / "memory" / "job", ("limit_in_bytes", "usage_in_bytes"), 500, 700, 0)
+    assert left("0::/job/step\n") == 350
+    assert left("3:cpuset:/\n2:cpu,memory:/job\n0::/\n") == 0
+    assert left("0::/elsewhere\n") == math.inf
+    assert left_to_group(tmp_path, tmp_path / "none") == math.inf

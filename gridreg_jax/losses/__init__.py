@@ -12,6 +12,7 @@ from gridreg_jax.losses.regularity import (
     bending_energy,
     bending_energy_of_map,
     diffusion_energy,
+    diffusion_energy_of_map,
     folding_penalty,
     kl_to_smooth,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "bending_energy",
     "bending_energy_of_map",
     "diffusion_energy",
+    "diffusion_energy_of_map",
     "folding_penalty",
     "kl_to_smooth",
     "lncc",

@@ -85,6 +85,19 @@ def diffusion_energy(displacement: Float[Array, "N X Y Z 3"]) -> Float[Array, " 
     return sum((jnp.mean(jnp.diff(u, axis=axis) ** 2, axis=(1, 2, 3, 4)) for axis in axes), jnp.zeros(len(u)))
 
 
+def diffusion_energy_of_map(
+    displacement: Float[Array, "N X Y Z 3"], control_grid: Float[Array, "N gx gy gz 3"] | None, interpolator: str
+) -> Float[Array, " N"]:
+    """Diffusion energy of a map, without unit: in closed form where it is a cubic spline (`interpolator` "bspline"),
+    otherwise of its dense displacement (voxels).
+
+    Source: as `diffusion_energy` and `bspline.diffusion_energy`.
+    """
+    if interpolator == "bspline" and control_grid is not None:
+        return bspline.diffusion_energy(control_grid, displacement.shape[1:4])
+    return diffusion_energy(displacement)
+
+
 def folding_penalty(
     displacement: Float[Array, "N X Y Z 3"], control_grid: Float[Array, "N gx gy gz 3"] | None, interpolator: str
 ) -> Float[Array, " N"]:

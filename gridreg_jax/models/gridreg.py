@@ -38,7 +38,7 @@ class GridReg(nn.Module):
 
     Attributes:
       encoder: name in `layers.ENCODERS` or "package.module:Class" (see `layers.build_encoder`).
-      levels, width, downsampled: the encoder's (see `layers.Encoder`); `levels` at least 4.
+      levels, width, downsampled: the encoder's (see `layers.Encoder`).
       skips: encoder levels that are projected to tokens after the bottom one, coarse to fine; of them, those above it.
         Empty: no skip projections (the paper's ablation).
       projection: width C_p of the tokens.  decoder: width C_d of the decoder state.  heads: attention heads.
@@ -108,16 +108,7 @@ class GridReg(nn.Module):
           InputError: the grid size is too small for the interpolator, or a field is out of range.
         """
         check_grid_size(grid_size, self.interpolator)
-        if self.contrast_window and self.contrast_window % 2 == 0:
-            raise InputError(f"model.contrast_window is {self.contrast_window}: give an odd number of voxels, or 0")
-        if self.precision not in ("float32", "bfloat16"):
-            raise InputError(f"model.precision is {self.precision!r}: give 'float32' or 'bfloat16'")
-        if self.iterations < 1:
-            raise InputError(f"model.iterations is {self.iterations}: give 1 or more")
-        if self.bound < 0:
-            raise InputError(f"model.bound is {self.bound}: give a positive number of half lattices, or 0 for none")
-        if self.segmenter < 0:
-            raise InputError(f"model.segmenter is {self.segmenter}: give a positive number of features, or 0 for none")
+        self._check_fields()
         shape = fixed.shape[1:4]
         segmentation, seen = None, (fixed, moving)
         if self.segmenter:
@@ -172,6 +163,22 @@ class GridReg(nn.Module):
             variance=variance,
             segmentation=segmentation,
         )
+
+    def _check_fields(self) -> None:
+        """Raise `InputError` for a field that no part below would name."""
+        for names, least in (
+            (("width", "projection", "decoder", "heads", "tokens", "iterations"), 1),
+            (("downsampled", "contrast_window", "segmenter", "bound"), 0),
+        ):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise InputError(f"model.{name} is {getattr(self, name)}: give {least} or more")
+        if self.contrast_window and self.contrast_window % 2 == 0:
+            raise InputError(f"model.contrast_window is {self.contrast_window}: give an odd number of voxels, or 0")
+        if self.precision not in ("float32", "bfloat16"):
+            raise InputError(f"model.precision is {self.precision!r}: give 'float32' or 'bfloat16'")
+        if len(set(self.skips)) < len(self.skips) or not all(0 <= level for level in self.skips):
+            raise InputError(f"model.skips is {self.skips}: give levels of the encoder, from 0, each once")
 
     @nn.compact
     def _run(self, fixed, moving, grid_size) -> Float[Array, "N gx gy gz 3"]:

@@ -113,7 +113,7 @@ class Encoder(nn.Module):
         """Feature maps, fine to coarse.
 
         Raises:
-          InputError: no levels, or more than the schedule of widths has.
+          InputError: no levels, more than the schedule of widths has, or too few voxels to pool.
         """
         if not 1 <= self.levels <= len(WIDTHS):
             raise InputError(f"the encoder has 1 to {len(WIDTHS)} levels, not {self.levels}")
@@ -124,6 +124,8 @@ class Encoder(nn.Module):
             x = Conv3D(self.width * WIDTHS[level], stride=step, normed=True, name=f"level{level}")(x)
             x = nn.leaky_relu(instance_norm(x), 0.1)
             if halved and self.pooled:
+                if min(x.shape[1:4]) < 2:
+                    raise InputError(f"level {level} of the encoder cannot halve {x.shape[1:4]} features: fewer levels")
                 x = nn.max_pool(x, (2, 2, 2), strides=(2, 2, 2))
                 origin += stride / 2
             stride *= 2 if halved else 1
@@ -154,7 +156,7 @@ def build_encoder(encoder: str, **fields) -> nn.Module:
     module, _, attribute = encoder.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)(**fields)
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"model.encoder: {encoder!r} cannot be used: {error}") from error
 
 
@@ -217,7 +219,7 @@ class CrossAttention(nn.Module):
     and a control point attends to the w x w x w tokens around it; a learned bias tells the neighbours apart.
 
     Raises:
-      InputError: the heads cannot share the features, or an even window.
+      InputError: the heads cannot share the features, or a window that is not a positive odd number.
     """
 
     features: int
@@ -230,7 +232,7 @@ class CrossAttention(nn.Module):
     ) -> Float[Array, "N gx gy gz D"]:
         if self.features % self.heads:
             raise InputError(f"{self.features} features cannot be shared by {self.heads} heads")
-        if self.window is not None and self.window % 2 == 0:
+        if self.window is not None and (self.window < 1 or self.window % 2 == 0):
             raise InputError(f"the attention window must be odd (or None), not {self.window}")
         query = nn.Dense(self.features, use_bias=False, name="query")(queries) * (self.heads / self.features) ** 0.5
         key = nn.Dense(self.features, use_bias=False, name="key")(tokens)

@@ -50,17 +50,24 @@ class Checkpoints:
           config: JSON-like, its sequences tuples; the model can be rebuilt from it.
           chosen: what validation found (`grid_size`, scores), None before the first validation.
           score: what makes a checkpoint the best, higher is better; None: never the best.
+
+        Raises:
+          InputError: it cannot be written.
         """
         if step in self.steps() and step not in self._damaged:
             return
-        self._checkpointer.save(
-            step,
-            state,
-            force=True,  # also when a later step has a checkpoint, a damaged one
-            overwrite=True,
-            metrics=None if score is None else {"score": score},
-            custom_metadata={"config": json.dumps(config), "chosen": json.dumps(chosen)},
-        )
+        try:
+            self._checkpointer.save(
+                step,
+                state,
+                force=True,  # also when a later step has a checkpoint, a damaged one
+                overwrite=True,
+                metrics=None if score is None else {"score": score},
+                custom_metadata={"config": json.dumps(config), "chosen": json.dumps(chosen)},
+            )
+        except (OSError, ValueError) as error:  # of a full disk, Orbax makes a ValueError
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{self._folder}: the checkpoint of step {step} cannot be written ({reason})") from error
         self._damaged.discard(step)
 
     def steps(self) -> list[int]:

@@ -23,7 +23,16 @@ from gridreg_jax.measure import GridSize, candidates, make_predict, measure, sco
 from gridreg_jax.models import build, describe, has_control_grid
 from gridreg_jax.rng import generator
 from gridreg_jax.training.checkpoint import Checkpoints
-from gridreg_jax.training.step import build_run, check_batch_size, compile_steps, make_train_step, replicated, shard
+from gridreg_jax.training.step import (
+    TrainStep,
+    build_run,
+    bytes_needed,
+    check_memory,
+    compile_steps,
+    make_train_step,
+    shard,
+    sharing,
+)
 from gridreg_jax.training.trained import load_trained
 from gridreg_jax.training.writers import MetricsWriter, SilentWriter
 from gridreg_jax.transforms.interpolation import check_grid_size
@@ -62,6 +71,9 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
     notify = tqdm.write if leads else lambda line: None
     check_config(config)
     run = build_run(config)
+    used = len(sharing(config["batch_size"]))
+    if used < jax.device_count():
+        notify(f"batch_size {config['batch_size']} can be shared by {used} of the {jax.device_count()} devices")
     dataset = open_dataset(**config["data"], seed=config["seed"], notify=notify)
     segments = getattr(run.model, "segmenter", 0)
     for field, used in (("loss.dice", config["loss"]["dice"]), ("model.segmenter", segments)):
@@ -82,7 +94,7 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
     predict = make_predict(run.model, refinement=config["refinement"])
 
     if not workdir.exists():
-        run.state_shapes(replicated())  # an impossible model leaves no folder behind
+        run.state_shapes(run.replicated)  # an impossible model leaves no folder behind
     workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(workdir) as checkpoints, _stop_requested() as stopped:
         start, state, chosen = _initial_state(run, config, checkpoints, notify)
@@ -103,7 +115,7 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
                 batch = next(stream)
                 waiting = time.perf_counter() - asked
                 if steps is None:
-                    steps = _compile(train_step, state, batch, config["grid_sizes"], notify)
+                    steps = _compile(train_step, state, batch, predict, dataset, config["grid_sizes"], notify)
                     began, waiting = time.perf_counter(), 0.0  # the first batch has to be prepared
                 state, metrics = steps[grid_size](state, batch)
                 step += 1
@@ -137,7 +149,7 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
 
 def check_config(config: dict) -> None:
     """Raise `InputError` for values that no part would accept, before any work is done."""
-    check_batch_size(config["batch_size"])
+    sharing(config["batch_size"])
     model = build(**config["model"])
     if not has_control_grid(model):
         for name, value in (("grid_sizes", config["grid_sizes"]), ("refinement.steps", config["refinement"]["steps"])):
@@ -155,6 +167,8 @@ def check_config(config: dict) -> None:
         if config["loss"][name] not in losses.SIMILARITIES:
             known = ", ".join(losses.SIMILARITIES)
             raise InputError(f"loss.{name}: {config['loss'][name]!r} is not known; known are {known}")
+    if len(config["loss"]["elastic"]) != 2:
+        raise InputError(f"loss.elastic must be two numbers, mu and lambda, not {config['loss']['elastic']}")
     if config["loss"]["samples"] < 1:
         raise InputError(f"loss.samples must be 1 or more, not {config['loss']['samples']}")
     if config["loss"]["keypoints"] and config["augmentation"]["elastic"]:
@@ -180,8 +194,7 @@ def validate(predict: Callable, params, dataset: Dataset, grid_sizes: tuple[int,
       `grid_size` (a triple, the coarsest of equals), its `score`, and `scores` and `folding_percent` by grid size
       ("none", and None for `grid_size`, of a model that predicts no control grid).
     """
-    params = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)  # on one device
-    summaries = {}
+    params, summaries = _on_one_device(params), {}
     for size in candidates(grid_sizes):
         rows = [row for row, _ in measure(predict, params, dataset, dataset.pairs["val"], size)]
         summaries[size] = summarise(rows, size)
@@ -196,6 +209,10 @@ def validate(predict: Callable, params, dataset: Dataset, grid_sizes: tuple[int,
     }
 
 
+def _on_one_device(params):
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+
+
 def _points(grid_size: GridSize) -> str:
     """A cubic grid by its points an axis."""
     return str(grid_size[0]) if grid_size else "none"
@@ -206,7 +223,7 @@ def _initial_state(run, config: dict, checkpoints: Checkpoints, notify: Callable
     if not checkpoints.steps():
         state = run.init_state()
         if config["start"]:
-            state = state.replace(params=_params_of(config["start"], state, notify))
+            state = state.replace(params=_params_of(config["start"], state, run.replicated, notify))
         return 0, state, None
 
     def shapes(saved: dict):
@@ -216,29 +233,35 @@ def _initial_state(run, config: dict, checkpoints: Checkpoints, notify: Callable
         if differing:
             changes = ", ".join(f"{k}: {there.get(k)} there, {now.get(k)} now" for k in differing)
             raise InputError(f"the workdir holds a run of another model ({changes}); give another --workdir")
-        return run.state_shapes(replicated())
+        return run.state_shapes(run.replicated)
 
     step, state, _, chosen = checkpoints.restore(shapes, order=checkpoints.steps()[::-1], notify=notify)
     notify(f"resuming at step {step} of {config['steps']}")
     return step, state, chosen
 
 
-def _params_of(workdir: str, state, notify: Callable[[str], None]):
+def _params_of(workdir: str, state, sharding: jax.sharding.Sharding, notify: Callable[[str], None]):
     """Parameters of another run's best checkpoint, for a new state."""
     params = load_trained(workdir, notify=notify).params
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, state.params):
         raise InputError(f"start: the run in {workdir} has a model with other parameters")
     notify(f"starting with the parameters of {workdir}")
-    return jax.device_put(jax.device_get(params), replicated())
+    return jax.device_put(jax.device_get(params), sharding)
 
 
-def _compile(train_step: Callable, state, batch: dict, grid_sizes: tuple, notify) -> dict[GridSize, Callable]:
+def _compile(
+    train_step: TrainStep, state, batch: dict, predict: Callable, dataset: Dataset, grid_sizes: tuple, notify
+) -> dict[GridSize, Callable]:
+    """The steps, and what they and the prediction that validates them need in memory, before any of them runs."""
     began = time.perf_counter()
     sizes = candidates(grid_sizes)
     notify("compiling" + (f" for grid sizes {', '.join(str(size[0]) for size in sizes)}" if grid_sizes else ""))
+    pair = dataset.arrays(dataset.pairs["val"][:1], known=True)
+    predicting = bytes_needed(predict.lower(_on_one_device(state.params), pair, sizes[-1]).compile())
+    check_memory(predicting, "a prediction", sizes[-1])
     steps, needed = compile_steps(train_step, state, batch, sizes)
-    memory = f"; a step needs {needed / 2**20:.0f} MiB a device" if needed else ""
-    notify(f"compiled in {time.perf_counter() - began:.0f} s{memory}")
+    memory = f"; a step needs {needed / 2**20:.0f} MiB a device, a prediction {predicting / 2**20:.0f}"
+    notify(f"compiled in {time.perf_counter() - began:.0f} s{memory if needed else ''}")
     return steps
 
 

@@ -11,6 +11,7 @@ from gridreg_jax.losses import (
     SIMILARITIES,
     bending_energy_of_map,
     diffusion_energy,
+    diffusion_energy_of_map,
     folding_penalty,
     kl_to_smooth,
     one_hot,
@@ -20,6 +21,7 @@ from gridreg_jax.losses import (
     uncertainty_weighted_mse,
 )
 from gridreg_jax.models import Prediction
+from gridreg_jax.transforms import bspline
 from gridreg_jax.transforms.interpolation import control_positions, interpolate, interpolate_at_controls
 from gridreg_jax.transforms.warp import sample, warp, warp_by_grid
 
@@ -37,6 +39,7 @@ def objective(
     dice: float = 0.0,
     bending: float = 1.0,
     folding: float = 0.0,
+    elastic: tuple[float, float] = (0.0, 0.0),
     gradient: float = 0.0,
     kl: float = 0.0,
     kl_precision: float = 10.0,
@@ -66,7 +69,9 @@ def objective(
       image, grid, dice, bending, folding, gradient, kl: weights; a term of weight 0 is not computed. `bending` is in
         voxel units: the paper's 2e5, for displacements in half volumes, is `2e5 (2 / X)^2` here, 49 at 128 voxels an
         axis. `gradient` is of the mean squared forward difference, as in VoxelMorph: of the velocity if there is one,
-        else of the displacement. VoxelMorph's code doubles it for a velocity at half resolution; here the weight does.
+        else of the displacement, and of a cubic spline in closed form. VoxelMorph's code doubles it for a velocity at
+        half resolution; here the weight does.
+      elastic: the Lame constants mu and lambda of the linear elastic energy of a cubic spline (voxels); 0, 0: none.
       keypoints: weight of the mean squared distance, in half lattices, of predicted keypoints from `fixed_points` and
         `moving_points` `[N, K, 3]` of the batch (voxels).
       segmentation: weight of a segmenter's cross-entropy and overlap with `fixed_labels` and `moving_labels`.
@@ -77,7 +82,8 @@ def objective(
       keys: `[N]`, one an example, for these draws.
 
     Raises:
-      InputError: `kl` without a posterior of the velocity, or `keypoints` without those.
+      InputError: `kl` without a posterior of the velocity, `keypoints` without those, or `elastic` without a cubic
+        spline.
     """
     fixed, moving = batch["fixed"], batch["moving"]
     # What the mean map warps is warped at once.
@@ -104,8 +110,12 @@ def objective(
     if folding:
         terms["folding"] = folding_penalty(prediction.displacement, prediction.control_grid, interpolator)
     if gradient:
-        smooth = prediction.displacement if prediction.velocity is None else prediction.velocity
-        terms["gradient"] = diffusion_energy(smooth) / 3
+        terms["gradient"] = _diffusion(prediction, interpolator) / 3
+    if any(elastic):
+        if interpolator != "bspline" or prediction.control_grid is None:
+            raise InputError(f"loss.elastic is {elastic}, but the map is no cubic spline")
+        mu, lam = elastic
+        terms["elastic"] = bspline.elastic_energy(prediction.control_grid, fixed.shape[1:4], mu=mu, lam=lam)
     if kl:
         if prediction.velocity_log_variance is None:
             raise InputError(f"loss.kl is {kl}, but the model predicts no posterior of a velocity")
@@ -120,7 +130,7 @@ def objective(
     if prediction.log_variance is not None:
         warped = warp(moving, jax.lax.stop_gradient(prediction.displacement))
         terms["uncertainty"] = uncertainty_weighted_mse(fixed, warped, prediction.variance, penalty=penalty)
-    weights = dict(image=image, grid=grid, dice=dice, bending=bending, folding=folding)
+    weights = dict(image=image, grid=grid, dice=dice, bending=bending, folding=folding, elastic=1.0)
     weights |= dict(gradient=gradient, kl=kl, keypoints=keypoints)
     weights |= dict(segmentation=segmentation, uncertainty=uncertainty)
     return sum(weights[name] * value for name, value in terms.items()), terms
@@ -154,6 +164,12 @@ def _warp(prediction, volumes, interpolator):
     if prediction.control_grid is None:
         return [warp(volume[..., None], prediction.displacement)[..., 0] for volume in volumes]
     return warp_by_grid(volumes, prediction.control_grid, volumes[0].shape[1:], method=interpolator)
+
+
+def _diffusion(prediction, interpolator):
+    if prediction.velocity is not None:
+        return diffusion_energy(prediction.velocity)
+    return diffusion_energy_of_map(prediction.displacement, prediction.control_grid, interpolator)
 
 
 def _keypoint_error(prediction, batch, side: int):

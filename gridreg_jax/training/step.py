@@ -19,7 +19,7 @@ from gridreg_jax import rng
 from gridreg_jax.augment import augment, foreground_points
 from gridreg_jax.errors import InputError
 from gridreg_jax.measure import GridSize, candidates
-from gridreg_jax.memory import return_freed_memory
+from gridreg_jax.memory import left_to_group, return_freed_memory
 from gridreg_jax.models import Prediction, build
 from gridreg_jax.programs import compiler_options, stored
 from gridreg_jax.training.objective import objective
@@ -47,11 +47,17 @@ class Run:
     shape: tuple[int, int, int]
     grid_size: GridSize
     seed: int
+    batch_size: int
 
     def init_state(self) -> TrainState:
-        """State at step 0, on every device."""
+        """State at step 0, on every device that shares a batch."""
         # Replicated from the start: a state on one device and one on all would compile the step twice.
-        return jax.jit(self._init, out_shardings=replicated())()
+        return jax.jit(self._init, out_shardings=self.replicated)()
+
+    @property
+    def replicated(self) -> jax.sharding.NamedSharding:
+        """Sharding of a state: the same on every device that shares a batch."""
+        return jax.sharding.NamedSharding(_mesh(self.batch_size), jax.sharding.PartitionSpec())
 
     def state_shapes(self, sharding: jax.sharding.Sharding) -> TrainState:
         """Shapes, types and the given sharding of a state, for restoring one."""
@@ -78,35 +84,39 @@ def build_run(config: dict) -> Run:
         shape=tuple(config["data"]["shape"]),
         grid_size=candidates(config["grid_sizes"])[0],
         seed=config["seed"],
+        batch_size=config["batch_size"],
     )
 
 
-def replicated() -> jax.sharding.NamedSharding:
-    """Sharding of a state: the same on every device."""
-    return jax.sharding.NamedSharding(_mesh(), jax.sharding.PartitionSpec())
+def sharing(batch_size: int) -> list[jax.Device]:
+    """The devices that share a batch: those of all processes; of a single process, as many as can have equal parts.
+
+    Raises:
+      InputError: an empty batch, or one that the devices of several processes do not divide.
+    """
+    devices = jax.devices()
+    if jax.process_count() == 1 and batch_size >= 1:
+        return devices[: max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)]
+    if batch_size < 1 or batch_size % len(devices):
+        above = max(len(devices), -(-batch_size // len(devices)) * len(devices))
+        raise InputError(f"batch_size {batch_size} cannot be split over {len(devices)} devices; {above} would fit")
+    return devices
 
 
-def _mesh() -> jax.sharding.Mesh:
-    return jax.sharding.Mesh(np.array(jax.devices()), (AXIS,))
+def _mesh(batch_size: int) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(sharing(batch_size)), (AXIS,))
 
 
 def shard(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's part of a batch, split over the devices: `[N, ...]` to `[devices, N of a device, ...]`."""
-    split = jax.sharding.NamedSharding(_mesh(), jax.sharding.PartitionSpec(AXIS))
+    mesh = _mesh(len(next(iter(batch.values()))) * jax.process_count())
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
     return {
         name: jax.make_array_from_process_local_data(
-            split, array.reshape(jax.local_device_count(), -1, *array.shape[1:])
+            split, array.reshape(len(mesh.local_devices), -1, *array.shape[1:])
         )
         for name, array in batch.items()
     }
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raise `InputError` unless the devices divide the batch."""
-    devices = jax.device_count()
-    if batch_size < 1 or batch_size % devices:
-        above = max(devices, -(-batch_size // devices) * devices)
-        raise InputError(f"batch_size {batch_size} cannot be split over {devices} devices; {above} would fit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +248,7 @@ def compile_steps(
     if step.change:
         change = step.change.lower(state.step, batch).compile(options)
         changed = change(state.step, batch)
-        beside += sum(array.nbytes for array in batch.values()) // jax.device_count()
+        beside += sum(array.nbytes // len(array) for array in batch.values())
     # Compiled one after the other, since XLA uses all cores for one program, and takes more than a gigabyte while it
     # does; but traced meanwhile, which is Python.
     with ThreadPoolExecutor(max_workers=1) as compiler:
@@ -259,16 +269,20 @@ def compile_steps(
     needs = {grid_size: bytes_needed(gradient) for grid_size, gradient in gradients.items()}
     largest = max(needs, key=needs.get)
     needed = needs[largest] and beside + needs[largest]
+    check_memory(needed, "a step", largest, "batch_size")
+    return {grid_size: TrainStep(change, gradient, update) for grid_size, gradient in gradients.items()}, needed
+
+
+def check_memory(needed: int, what: str, grid_size: GridSize, *smaller: str) -> None:
+    """Raise `InputError` where `what` needs more bytes than a device has left."""
     available = memory_available()
     if available and needed > available:
-        at, or_grid = (
-            (f" at grid size {largest[0]}", ", data.shape or grid size") if largest else ("", " or data.shape")
-        )
+        at = f" at grid size {grid_size[0]}" if grid_size else ""
+        smaller = " or ".join([*smaller, "data.shape", *(["grid size"] if grid_size else [])])
         raise InputError(
-            f"a step{at} needs {needed / 2**30:.1f} GiB a device, and {available / 2**30:.1f} GiB are free: "
-            f"a smaller batch_size{or_grid} would need less"
+            f"{what}{at} needs {needed / 2**30:.1f} GiB a device, and {available / 2**30:.1f} GiB are free: "
+            f"a smaller {smaller} would need less"
         )
-    return {grid_size: TrainStep(change, gradient, update) for grid_size, gradient in gradients.items()}, needed
 
 
 def bytes_needed(program) -> int:
@@ -282,11 +296,12 @@ def bytes_needed(program) -> int:
 
 
 def memory_available() -> int | None:
-    """Bytes that a device may still take; None where the platform does not tell."""
+    """Bytes that a device may still take; None where the platform does not tell. On the CPU, what is free (and, in a
+    container or a job of a cluster, still granted) divided by the devices."""
     device = jax.local_devices()[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     if device.platform == "cpu":
-        return psutil.virtual_memory().available // jax.local_device_count()
+        return min(psutil.virtual_memory().available, left_to_group()) // jax.local_device_count()
     return None

@@ -50,6 +50,19 @@ def assert_is_step(found, step):
         np.testing.assert_array_equal(leaf, expected)
 
 
+def test_a_full_disk_is_one_line_and_leaves_what_is_there(tmp_path, monkeypatch):
+    save(tmp_path, [0.5])
+    with Checkpoints(tmp_path) as checkpoints:
+
+        def full(*_, **__):
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device\nSource locations: ...")
+
+        monkeypatch.setattr(checkpoints._checkpointer, "save", full)
+        with pytest.raises(InputError, match="the checkpoint of step 2 cannot be written .*No space left on device.$"):
+            checkpoints.save(2, state(2), config=CONFIG, chosen=None, score=None)
+    assert_is_step(restore(tmp_path)[0], 1)
+
+
 def test_what_was_saved_comes_back(tmp_path):
     save(tmp_path, [0.5])
     found, notices = restore(tmp_path)

@@ -8,7 +8,12 @@ import pytest
 from gridreg_jax.errors import InputError
 from gridreg_jax.models import Prediction
 from gridreg_jax.training.objective import objective
-from gridreg_jax.transforms.interpolation import interpolate, interpolate_at_controls, interpolate_variance
+from gridreg_jax.transforms.interpolation import (
+    control_positions,
+    interpolate,
+    interpolate_at_controls,
+    interpolate_variance,
+)
 
 SHAPE, GRID = (14, 12, 13), (5, 4, 6)
 PLAIN = dict(interpolator="trilinear", num_labels=2)
@@ -160,3 +165,22 @@ def test_keypoints_are_compared_in_half_lattices():
     np.testing.assert_allclose(total, 3 * expected, rtol=1e-4)
     with pytest.raises(InputError, match="loss.keypoints is 3.0, but the model predicts no keypoints"):
         objective(prediction.replace(keypoints=None), batch, **options)
+
+
+def test_energies_of_a_cubic_spline_are_those_of_its_affine_part():
+    """On an affine map u = A x the mean squared derivatives and the strain are those of A, wherever they are taken."""
+    batch, _ = random_case()
+    matrix = np.array([[0.1, 0.03, 0.0], [-0.02, -0.05, 0.04], [0.01, 0.0, 0.02]])
+    axes = [control_positions("bspline", g) * (size - 1) for g, size in zip(GRID, SHAPE, strict=True)]
+    places = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
+    control_grid = jnp.asarray(np.stack([places @ matrix.T] * 2), jnp.float32)
+    prediction = Prediction(interpolate(control_grid, SHAPE, method="bspline"), control_grid=control_grid)
+    options = dict(interpolator="bspline", num_labels=2, image=0.0, grid=0.0, bending=0.0)
+    total, terms = objective(prediction, batch, **options, gradient=2.0, elastic=(3.0, 5.0))
+    assert terms.keys() == {"gradient", "elastic"}
+    strain = (matrix + matrix.T) / 2
+    np.testing.assert_allclose(terms["gradient"], (matrix**2).sum() / 9, rtol=1e-4)
+    np.testing.assert_allclose(terms["elastic"], 3 * (strain**2).sum() + 2.5 * np.trace(matrix) ** 2, rtol=1e-4)
+    np.testing.assert_allclose(total, 2 * terms["gradient"] + terms["elastic"], rtol=1e-5)
+    with pytest.raises(InputError, match="loss.elastic is .*, but the map is no cubic spline"):
+        objective(prediction, batch, **options | dict(interpolator="trilinear"), elastic=(1.0, 0.0))

@@ -18,6 +18,7 @@ CONFIG = dict(
     seed=0,
     steps=STEPS,
     grid_sizes=(4,),
+    batch_size=BATCH,
     model=dict(name="gridreg", levels=4, width=4, projection=8, decoder=8, heads=2),
     # Plain gradient descent: Adam would hide a gradient that is off by a factor.
     optimizer=dict(name="sgd", learning_rate=0.05),
@@ -141,13 +142,36 @@ def test_shard_keeps_the_order_of_the_examples():
     np.testing.assert_array_equal(sharded.reshape(array.shape), array)
 
 
+@pytest.mark.parametrize(("batch_size", "used"), [(1, 1), (3, 1), (4, 2), (6, 2)])
+def test_as_many_devices_share_a_batch_as_can_have_equal_parts(batch_size, used):
+    if jax.local_device_count() != 2:
+        pytest.skip("needs two devices")
+    assert training.sharing(batch_size) == jax.devices()[:used]
+    array = np.arange(batch_size * 3).reshape(batch_size, 3)
+    sharded = training.shard({"fixed": array})["fixed"]
+    assert sharded.shape == (used, batch_size // used, 3) and sharded.sharding.device_set == {*jax.devices()[:used]}
+
+
+def test_a_batch_of_one_is_trained_on_one_of_several_devices():
+    run = training.build_run(CONFIG | dict(batch_size=1))
+    step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation=AUGMENTATION)
+    state, one = run.init_state(), training.shard(batch([0]))
+    compiled, _ = training.compile_steps(step, state, one, [GRID])
+    for _ in range(2):
+        state, metrics = compiled[GRID](state, one)
+    assert int(state.step) == 2 and np.isfinite(metrics["loss"])
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {1}
+
+
 @pytest.mark.parametrize("batch_size", [0, 1, 3])
-def test_a_batch_that_cannot_be_split_is_refused_with_the_next_that_can(monkeypatch, batch_size):
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    training.check_batch_size(4)
+def test_a_batch_that_processes_cannot_share_is_refused_with_the_next_that_they_can(monkeypatch, batch_size):
+    if jax.local_device_count() != 2:
+        pytest.skip("needs two devices")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert len(training.sharing(4)) == 2
     message = f"batch_size {batch_size} cannot be split over 2 devices; {4 if batch_size == 3 else 2} would fit"
     with pytest.raises(InputError, match=message):
-        training.check_batch_size(batch_size)
+        training.sharing(batch_size)
 
 
 def test_compiled_steps_are_the_step_and_know_their_memory(on_all_devices):
