@@ -17,6 +17,8 @@ flags.mark_flag_as_required("config")
 
 
 def run(_) -> None:
+    if "systems" in CONFIG.value and COORDINATOR.value:
+        raise InputError("several systems are compared by one process: leave out --coordinator")
     join_processes(COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
     from gridreg_jax.evaluation.evaluate import evaluate

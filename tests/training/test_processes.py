@@ -88,3 +88,10 @@ def test_two_processes_are_two_devices(subjects_csv, tmp_path):
 def test_processes_that_cannot_be_joined(options, message):
     with pytest.raises(InputError, match=message):
         join_processes(*options)
+
+
+def test_systems_are_compared_by_one_process():
+    command = [sys.executable, "train.py", "--config=configs/compare.py", "--coordinator=host:1"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    message = "error: several systems are compared by one process: leave out --coordinator\n"
+    assert (done.returncode, done.stderr) == (2, message)
