@@ -1,11 +1,14 @@
 """The program `gridreg`: register two images, apply a transform, look into one."""
 
 import argparse
+import functools
 import os
 import shlex
 import sys
 import time
+import warnings
 
+from gridreg_jax import __version__
 from gridreg_jax.doorway import fail, prepare_process
 from gridreg_jax.errors import InputError
 
@@ -13,15 +16,19 @@ TRANSFORM = ".tfm, .txt, .mat, .h5 or displacement .nii.gz"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; a user's mistake is one line on standard error, and exit status 2."""
+    """Run a command; a user's mistake is one line on standard error, and exit status 2; Ctrl-C another, and 130."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     options = _parser().parse_args(arguments)
     # Numpy's matrix products are small here: its threads would only wait for each other. Read when numpy is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    prepare_process()
     try:
+        prepare_process()
         options.run(options)
     except (InputError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,6 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gridreg", description="Medical image registration by sparse control grids.")
+    parser.add_argument("--version", action="version", version=f"gridreg {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     command = commands.add_parser("register", help="register two images", description=_register.__doc__)
@@ -55,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--moving-labels", metavar="FILE", help="labels of the moving image, to be warped")
     command.add_argument("--fixed-points", metavar="CSV", help="points of the fixed image, RAS mm: id,x,y,z")
     command.add_argument("--moving-points", metavar="CSV", help="points of the moving image, RAS mm: id,x,y,z")
-    command.add_argument("--also-apply", nargs="+", default=[], metavar="FILE", help="images to warp in the same way")
+    more = dict(nargs="+", action="extend", default=[], metavar="FILE")
+    command.add_argument("--also-apply", **more, help="images to warp in the same way")
+    command.add_argument("--also-apply-labels", **more, help="labels to warp in the same way")
     command.set_defaults(run=_register)
 
     command = commands.add_parser("apply", help="apply a transform", description=_apply.__doc__)
@@ -85,7 +95,7 @@ def _register(options: argparse.Namespace) -> None:
     from gridreg_jax.data import nifti
     from gridreg_jax.registration.deformable import PRESETS
     from gridreg_jax.registration.register import register
-    from gridreg_jax.registration.results import filling, load_points, save
+    from gridreg_jax.registration.results import filling, load_points, save, warped_names
 
     start = time.monotonic()
     if options.fixed_labels and not options.moving_labels:
@@ -97,7 +107,10 @@ def _register(options: argparse.Namespace) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         (fixed, fixed_labels), (moving, moving_labels) = pool.map(load, ("fixed", "moving"))
-        also_apply = list(pool.map(nifti.load_image, options.also_apply))
+        load_other = functools.partial(nifti.load_image, placed=True, constant=True)
+        also_apply = [*pool.map(load_other, options.also_apply)]
+        also_apply += pool.map(functools.partial(nifti.load_labels, placed=True), options.also_apply_labels)
+    warped_names([*also_apply, *([moving_labels] if moving_labels else [])])
     load_points(fixed, moving, options.fixed_points, options.moving_points)
     with filling(Path(options.out)):
         pass  # Where nothing can be written, that is said before the long part.
@@ -144,7 +157,8 @@ def _register(options: argparse.Namespace) -> None:
 
 def _course(numbers: dict, digits: int = 3) -> str:
     words = {"before": "before", "affine": "after the affine part", "after": "after all"}
-    return ", ".join(f"{numbers[when] or 0:.{digits}f} {text}" for when, text in words.items())
+    values = {when: "none" if numbers[when] is None else f"{numbers[when]:.{digits}f}" for when in words}
+    return ", ".join(f"{values[when]} {text}" for when, text in words.items())
 
 
 def _grid(text: str) -> int | float | None:
@@ -175,8 +189,10 @@ def _apply(options: argparse.Namespace) -> None:
         return
     if not options.reference:
         raise InputError("--reference is missing: the image whose lattice the result has")
-    reference = nifti.load_image(options.reference)
-    volume = nifti.load_labels(options.labels) if options.labels else nifti.load_image(options.image)
+    load = functools.partial(nifti.load_image, placed=True, constant=True)
+    reference = load(options.reference)
+    nifti.check_right_angles(reference)
+    volume = nifti.load_labels(options.labels, placed=True) if options.labels else load(options.image)
     displacement = itk.displacement(transforms, reference.array.shape, reference.affine)
     matrix = np.linalg.inv(volume.affine) @ reference.affine
     warped = pull(volume, displacement, matrix, labels=bool(options.labels))

@@ -4,17 +4,25 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 
 import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
 
-from gridreg_jax.cli import main
+from gridreg_jax import __version__
+from gridreg_jax.cli import _course, main
 from gridreg_jax.data import nifti
 from gridreg_jax.export import itk
+from gridreg_jax.registration import deformable
 
 SHAPE = (24, 26, 22)
+
+
+@pytest.fixture(autouse=True)
+def _format_of_warnings(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `main` sets its own
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +41,11 @@ def files(tmp_path_factory, write_nifti):
     write_nifti(folder / "other_labels.nii.gz", (fixed[:-1] > 1).astype(np.uint8))
     write_nifti(folder / "field4d.nii.gz", np.zeros((4, 4, 4, 3), np.float32))
     write_nifti(folder / "empty.nii.gz", np.zeros(SHAPE, np.uint8))
+    write_nifti(folder / "slanted.nii.gz", fixed, np.eye(4) + 0.1 * np.eye(4, k=1) * [0, 1, 0, 0])
+    write_nifti(folder / "slice.nii.gz", fixed[..., 10:11])
+    few = np.zeros(SHAPE, np.uint8)
+    few[:4, :4, :4] = 1
+    write_nifti(folder / "few.nii.gz", few)
     nib.save(nib.Nifti1Image(fixed, None), folder / "nowhere.nii.gz")
     flat = nib.Nifti1Image(fixed, np.eye(4))
     flat.set_sform(np.diag([1.0, 0, 1, 1]), code=1)
@@ -65,9 +78,14 @@ def test_help_comes_without_jax():
 
 def test_register_then_apply_and_inspect(files, capsys):
     options = "register --fixed fixed.nii.gz --moving moving.nii.gz --out new/out --preset fast --grid 5"
-    main(command(files, f"{options} --moving-labels labels.nii.gz --affine rigid"))
+    # Neither two options of one name nor images of one value are lost or refused.
+    others = "--also-apply far.nii.gz --also-apply empty.nii.gz fixed.nii.gz --also-apply-labels few.nii.gz"
+    main(command(files, f"{options} --moving-labels labels.nii.gz --affine rigid {others}"))
     assert "correlation" in capsys.readouterr().out
     out = files / "new" / "out"
+    warped = {path.name: nib.load(path).get_data_dtype().kind for path in out.glob("warped_*")}
+    kinds = {"far": "f", "empty": "f", "fixed": "f", "labels": "i", "few": "i"}
+    assert warped == {f"warped_{name}.nii.gz": kind for name, kind in kinds.items()}
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["correlation"]["after"] > max(0.95, metrics["correlation"]["before"])
     # The transform, applied to the same files, gives the same results.
@@ -77,6 +95,9 @@ def test_register_then_apply_and_inspect(files, capsys):
             main(command(files, f"{text} --out again.nii.gz"))
             ours, again = (nib.load(path).get_fdata() for path in (out / f"{result}.nii.gz", files / "again.nii.gz"))
             assert np.mean(np.abs(ours - again) > 1e-2) < 0.01
+    text = "apply --transform new/out/transform.tfm --image empty.nii.gz --reference empty.nii.gz --out again.nii.gz"
+    main(command(files, text))
+    assert not nib.load(files / "again.nii.gz").get_fdata().any()
     main(command(files, "inspect new/out/transform.tfm --image fixed.nii.gz"))
     lines = capsys.readouterr().out.splitlines()
     assert "2 transforms" in lines[0] and any("invertible everywhere" in line for line in lines)
@@ -107,7 +128,36 @@ def test_inspect_warns_of_suspicious_fields(tmp_path, capsys, intent, edge, warn
     assert warning in line
 
 
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"gridreg {__version__}\n"
+
+
+def test_an_interrupt_is_one_line_and_leaves_nothing(files, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deformable, "last_cells", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(command(files, PAIR))
+    assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    assert not (files / "out").exists()
+
+
+def test_a_warning_is_one_line(files, capsys):
+    main(command(files, "inspect spline.tfm"))
+    assert warnings.formatwarning("text", UserWarning, "file.py", 3) == "warning: text\n"
+
+
+def test_what_is_undefined_is_none():
+    found = _course({"before": None, "affine": 0.0, "after": 0.5})
+    assert found == "none before, 0.000 after the affine part, 0.500 after all"
+
+
 PAIR = "register --fixed fixed.nii.gz --moving moving.nii.gz --out out"
+APPLY = "apply --transform spline.tfm --out out.nii.gz"
+NO_PLACE = "nowhere.nii.gz: its header has no affine"
 MISTAKES = {
     "no command": ("", "required: COMMAND"),
     "no moving image": ("register --fixed fixed.nii.gz --out out", "required: --moving; see gridreg register --help"),
@@ -121,14 +171,25 @@ MISTAKES = {
     "labels of one side": (f"{PAIR} --fixed-labels labels.nii.gz", "--fixed-labels .* need --moving-labels"),
     "an unknown preset": (f"{PAIR} --preset fats", "preset 'fats' is not known: the known ones are fast"),
     "an unknown similarity": (f"{PAIR} --similarity mi", "similarity 'mi' is not known"),
+    "a similarity for training": (f"{PAIR} --similarity ssim", "similarity 'ssim' is not known: .* lncc, ncc,"),
     "a grid in words": (f"{PAIR} --grid ten", "--grid=ten: give points an axis"),
+    "cells of no length": (f"{PAIR} --grid nanmm", "cells of nan mm: they cannot be smaller"),
     "too small a grid": (f"{PAIR} --grid 3", "a control grid has from 4 to"),
     "an affine that is not there": (f"{PAIR} --affine none.mat", "none.mat: no such file"),
     "more than an affine": (f"{PAIR} --affine spline.tfm", "spline.tfm: holds more than an affine"),
-    "an affine that is missing": (PAIR.replace("moving.", "nowhere."), "nowhere.nii.gz: its header has no affine"),
+    "an affine that is missing": (PAIR.replace("moving.", "nowhere."), NO_PLACE),
+    "another image of no place": (f"{PAIR} --also-apply nowhere.nii.gz", NO_PLACE),
+    "other labels of no place": (f"{PAIR} --also-apply-labels nowhere.nii.gz", NO_PLACE),
+    "two volumes of one name": (
+        f"{PAIR} --moving-labels labels.nii.gz --also-apply labels.nii.gz --preset fats",  # told before that mistake
+        "labels.nii.gz would both be written as warped_labels.nii.gz",
+    ),
+    "axes that are slanted": (PAIR.replace("fixed.", "slanted."), "slanted.nii.gz: its axes are 5.7 degrees off right"),
+    "a single slice": (PAIR.replace("moving.", "slice."), "slice.nii.gz: registration needs at least 2 voxels an axis"),
     "an affine that is singular": (PAIR.replace("moving.", "flat."), "flat.nii.gz: the affine .* cannot be inverted"),
     "an empty image": (PAIR.replace("fixed.", "empty."), "empty.nii.gz: every voxel is 0"),
-    "an empty mask": (f"{PAIR} --mask empty.nii.gz", "empty.nii.gz: the mask is 0 everywhere"),
+    "an empty mask": (f"{PAIR} --mask empty.nii.gz", "empty.nii.gz: the mask leaves 0 voxels"),
+    "a mask of next to nothing": (f"{PAIR} --mask few.nii.gz", "few.nii.gz: the mask leaves 80 voxels, and at least"),
     "a mask elsewhere": (f"{PAIR} --mask other_labels.nii.gz", "other_labels.nii.gz: its shape"),
     "points elsewhere": (f"{PAIR} --moving-points far_points.csv", "far_points.csv: none of its points lies in"),
     "points of other ids": (
@@ -143,6 +204,10 @@ MISTAKES = {
     "a damaged transform": ("inspect bad.tfm", "bad.tfm: is no text file of ITK transforms"),
     "a field of four axes": ("inspect field4d.nii.gz", "field4d.nii.gz: is a field of shape .*: 4-D"),
     "no reference": ("apply --transform spline.tfm --image moving.nii.gz --out out.nii.gz", "--reference is missing"),
+    "an image of no place": (f"{APPLY} --image nowhere.nii.gz --reference fixed.nii.gz", NO_PLACE),
+    "labels of no place": (f"{APPLY} --labels nowhere.nii.gz --reference fixed.nii.gz", NO_PLACE),
+    "a reference of no place": (f"{APPLY} --image fixed.nii.gz --reference nowhere.nii.gz", NO_PLACE),
+    "a slanted reference": (f"{APPLY} --image fixed.nii.gz --reference slanted.nii.gz", "slanted.nii.gz: its axes are"),
     "nothing to apply to": ("apply --transform spline.tfm --out out.nii.gz", "one of the arguments --image"),
 }
 

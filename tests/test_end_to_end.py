@@ -256,6 +256,8 @@ def test_a_bayesian_run_writes_its_uncertainty(subjects_csv, tmp_path):
     correlation = summary["metrics"]["sigma_error_spearman"]
     rows = cases(tmp_path / "evaluation")
     np.testing.assert_allclose(correlation["after"], np.mean([float(row["sigma_error_spearman"]) for row in rows]))
+    evaluate(tmp_path, pictures=0, out=tmp_path / "again", notify=lambda line: None)
+    assert sorted(path.name for path in (tmp_path / "again").glob("sigma*")) == ["sigma00.nii.gz", "sigma01.nii.gz"]
     image = nib.load(tmp_path / "evaluation" / "sigma00.nii.gz")
     sigma = image.get_fdata()
     assert sigma.shape == TINY["data.shape"] and sigma.min() > 0

@@ -7,6 +7,7 @@ up, whatever the file's own order; the affine follows, and no world position cha
 import dataclasses
 import itertools
 import math
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -21,6 +22,9 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.files import replacing
 
 LATTICE_TOLERANCE_MM = 1e-3
+# Cosine of the angle that passes as a right one. From 1e-4 on ITK takes the qform of what is written, which is then off
+# by up to 0.1 mm in a head.
+RIGHT_ANGLE = 1e-3
 # What zlib calls the gzip format with the largest window. ISA-L writes it five times as fast as zlib.
 GZIP = 31
 
@@ -46,12 +50,13 @@ class Volume:
 Source = str | Path | nib.spatialimages.SpatialImage | tuple[np.ndarray, np.ndarray]
 
 
-def load_image(path: Source, *, placed: bool = False) -> Volume:
+def load_image(path: Source, *, placed: bool = False, constant: bool = False) -> Volume:
     """Intensities of a NIfTI file (`.nii`, `.nii.gz`), or of what else `Source` allows, float32.
 
     Args:
       path: the file, or what else `Source` allows.
-      placed: a header must say where in the world its voxels lie.
+      placed: a header must say where in the world its voxels lie; a warning says if it gives two places.
+      constant: one value in all voxels will do.
 
     Raises:
       InputError: there is no such file, it is damaged or not NIfTI, not three-dimensional (trailing axes of size 1 are
@@ -61,23 +66,24 @@ def load_image(path: Source, *, placed: bool = False) -> Volume:
     with np.errstate(over="ignore"):  # What float32 cannot hold becomes infinite and is reported below.
         array = np.ascontiguousarray(array, np.float32)
     _check_finite(array, path)
-    if array.min() == array.max():
+    if not constant and array.min() == array.max():
         raise InputError(f"{path}: every voxel is {array.flat[0]:g}: there is nothing to register")
     return Volume(array, affine, path, stored_affine)
 
 
-def load_labels(path: Source, like: Volume | None = None) -> Volume:
+def load_labels(path: Source, like: Volume | None = None, *, placed: bool = False) -> Volume:
     """Labels of a NIfTI file, int32.
 
     Args:
       path: the label file.
       like: the image that the labels belong to: both must lie on one lattice.
+      placed: as for `load_image`.
 
     Raises:
       InputError: as for `load_image` (constant labels are allowed), a value is not a whole number that int32 can hold,
         or the lattice differs from that of `like` (in shape, or by more than 0.001 mm at a corner).
     """
-    array, affine, path, stored_affine = _read(path)
+    array, affine, path, stored_affine = _read(path, placed=placed)
     _check_finite(array, path)
     array = array.astype(np.float64)
     rounded = np.rint(array)
@@ -123,6 +129,17 @@ def load_vectors(path: str | Path) -> tuple[Float[np.ndarray, "X Y Z 3"], Float[
     if vectors.ndim != 5 or vectors.shape[3:] != (1, 3):
         raise InputError(f"{path}: a field of vectors has the shape (X, Y, Z, 1, 3), not {vectors.shape}")
     return vectors[:, :, :, 0], _check_affine(image.affine, path), intent
+
+
+def check_right_angles(volume: Volume) -> None:
+    """Raise `InputError` if a volume's axes are not at right angles, which neither ITK nor a qform can hold."""
+    axes = volume.affine[:3, :3] / geometry.spacing(volume.affine)
+    cosine = np.abs(axes.T @ axes - np.eye(3)).max()
+    if cosine > RIGHT_ANGLE:
+        raise InputError(
+            f"{volume.path}: its axes are {np.degrees(np.arcsin(cosine)):.2g} degrees off right angles: results on its "
+            "lattice could not be read by ITK and ANTs; resample it first"
+        )
 
 
 def corner_to_corner(volume: Volume, shape: tuple[int, int, int]) -> Float[np.ndarray, "4 4"]:
@@ -226,6 +243,8 @@ def _read(
     if placed and not (image.header["sform_code"] or image.header["qform_code"]):
         raise InputError(f"{path}: its header has no affine (sform and qform are unset): where it lies is unknown")
     affine = _check_affine(image.affine, path)
+    if placed:
+        _warn_of_two_places(image, path)
     array = array.reshape(image.shape[:3])
     orientation = nib.io_orientation(affine)
     affine = affine @ nib.orientations.inv_ornt_aff(orientation, array.shape)
@@ -241,6 +260,30 @@ def _check_affine(affine: Float[np.ndarray, "4 4"], path: Path) -> Float[np.ndar
     return affine
 
 
+def _warn_of_two_places(image: nib.Nifti1Pair, path: Path) -> None:
+    if not (image.header["sform_code"] and image.header["qform_code"]):
+        return
+    try:
+        sform, qform = image.header.get_sform(), image.header.get_qform()
+    except Exception:  # A qform that cannot be read is not in use.
+        return
+    distance_mm = _distance_mm(image.shape[:3], sform, qform)
+    # Rounding alone can set a qform 0.4 mm off.
+    if distance_mm > geometry.spacing(sform).min() / 2:
+        warnings.warn(
+            f"{path}: its sform and qform lie up to {distance_mm:.3g} mm apart: the sform counts here, in ITK and ANTs "
+            "perhaps the qform",
+            stacklevel=2,
+        )
+
+
+def _distance_mm(shape: tuple[int, int, int], affine: np.ndarray, other: np.ndarray) -> float:
+    """Largest distance between the places of a corner voxel under two affines."""
+    corners = np.array(list(itertools.product(*[(0, size - 1) for size in shape])))
+    difference_mm = geometry.voxel_to_world(corners, affine) - geometry.voxel_to_world(corners, other)
+    return np.linalg.norm(difference_mm, axis=-1).max()
+
+
 def _check_finite(array: Num[np.ndarray, "X Y Z"], path: Path) -> None:
     count = array.size - np.isfinite(array).sum()
     if count:
@@ -252,9 +295,7 @@ def _check_lattice(labels: Volume, image: Volume) -> None:
         raise InputError(
             f"{labels.path}: its shape {labels.array.shape} is not {image.array.shape}, that of its image {image.path}"
         )
-    corners = np.array(list(itertools.product(*[(0, size - 1) for size in image.array.shape])))
-    difference_mm = geometry.voxel_to_world(corners, labels.affine) - geometry.voxel_to_world(corners, image.affine)
-    distance_mm = np.linalg.norm(difference_mm, axis=-1).max()
+    distance_mm = _distance_mm(image.array.shape, labels.affine, image.affine)
     if distance_mm > LATTICE_TOLERANCE_MM:
         raise InputError(
             f"{labels.path}: its voxels lie up to {distance_mm:.3g} mm from those of its image {image.path}; "

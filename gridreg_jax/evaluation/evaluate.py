@@ -43,8 +43,8 @@ def evaluate(
 ) -> dict:
     """Evaluate the best checkpoint of a run and write `cases.csv`, `summary.json` and pictures.
 
-    With a Bayesian head, also `sigmaNN.nii.gz` for every case that has a picture: the standard deviation of the
-    displacement in mm, on the working lattice of the fixed image.
+    With a Bayesian head, also `sigmaNN.nii.gz` for every case: the standard deviation of the displacement in mm, on the
+    working lattice of the fixed image.
 
     Args:
       workdir: of a run of `train.py`.
@@ -156,9 +156,9 @@ def _write(
             if grid_size:
                 title += f", grid {row.get('grid_size') or 'x'.join(map(str, grid_size))}"
             plots.case_picture(out / f"case{number:02d}.png", arrays, dataset.lattice.spacing, title)
-            if "sigma_mm" in arrays:
-                fixed = dataset.pairs["test"][number][0]
-                nifti.save(out / f"sigma{number:02d}.nii.gz", arrays["sigma_mm"], dataset.sources[fixed].load().affine)
+        if "sigma_mm" in arrays:
+            fixed = dataset.pairs["test"][number][0]
+            nifti.save(out / f"sigma{number:02d}.nii.gz", arrays["sigma_mm"], dataset.sources[fixed].load().affine)
     tables.write_cases(out / "cases.csv", rows)
     summary = summarise(rows, grid_size) | about
     with replacing(out / "summary.json") as temporary:

@@ -148,7 +148,7 @@ def deform(
       moving: normalised, on any lattice.
       matrix: RAS mm of the fixed image -> RAS mm of the moving image.
       preset: the stages.
-      similarity: a name in `losses.SIMILARITIES`.
+      similarity: a name in `PENALTY_SCALE`.
       grid: for the last stage, the number of control points an axis (int), or the length of a cell in mm (float);
         None for the preset's.
       mask: where the fixed image counts (values other than 0); None: everywhere.
@@ -230,14 +230,12 @@ def load(
 def last_cells(fixed: Volume, preset: Preset, grid: int | float | None) -> Sequence[int]:
     """Cells an axis of the last control grid. Arguments and errors as for `deform`."""
     shape, spacing = np.array(fixed.array.shape), geometry.spacing(fixed.affine)
-    if min(shape) < 2:
-        raise InputError(f"{fixed.path}: registration needs at least 2 voxels an axis, not {fixed.array.shape}")
     if isinstance(grid, int):
         if not 4 <= grid <= max(shape) + 3:
             raise InputError(f"a control grid has from 4 to {max(shape) + 3} points an axis here, not {grid}")
         return [min(grid - 3, int(size) - 1) for size in shape]
-    if grid is not None and grid < spacing.min():
-        raise InputError(f"cells of {grid:g} mm are smaller than a voxel of the lattice, {spacing.min():.3g} mm")
+    if grid is not None and not grid >= spacing.min():  # nor is NaN
+        raise InputError(f"cells of {grid:g} mm: they cannot be smaller than a voxel here, {spacing.min():.3g} mm")
     length = preset.cell * spacing.min() if grid is None else grid
     cells = []
     for size, step in zip(shape, spacing, strict=True):

@@ -18,11 +18,10 @@ from gridreg_jax.data.nifti import Source, Volume, corner_to_corner
 from gridreg_jax.data.preprocess import normalise, resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.export import itk
-from gridreg_jax.losses import SIMILARITIES
 from gridreg_jax.programs import stored
 from gridreg_jax.registration import affine as affine_start
 from gridreg_jax.registration import deformable
-from gridreg_jax.registration.deformable import PRESETS, StageResult
+from gridreg_jax.registration.deformable import PENALTY_SCALE, PRESETS, StageResult
 from gridreg_jax.transforms.affine import apply_affine
 from gridreg_jax.transforms.certificate import Certificate
 from gridreg_jax.transforms.interpolation import interpolate
@@ -39,6 +38,8 @@ FINISHING_VOXELS, FINISHING_ITERATIONS, FINISHING_RELAXATION = 20_000_000, (2, 1
 # Of the dense inverse, and of u for it, unless the images have more: between voxels both are taken as linear.
 INVERSE_VOXELS = 2_200_000
 METHODS = (*instance.METHODS, "ncf")
+# Voxels of the finest lattice that a mask has to leave: fewer say nothing.
+LEAST_MASK = 100
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,14 +115,27 @@ class Registration:
                 break
         return found
 
-    def warp(self, volume: Volume, *, labels: bool = False) -> Num[np.ndarray, "X Y Z"]:
+    def warp(self, volume: Source | Volume, *, labels: bool = False) -> Num[np.ndarray, "x y z"]:
         """A volume in the moving image's space, on the fixed lattice. Read once, from its own voxels.
 
         Args:
-          volume: of any lattice.
+          volume: of any lattice; what `register` takes.
           labels: int32, the label with the largest sum of linear weights, 0 outside; else linear, float32, the minimum
             of the volume outside.
+
+        Returns:
+          Its axes are those of the fixed image as it was given, where all other arrays here are in RAS order.
+
+        Raises:
+          InputError: the volume is not as it should be.
         """
+        if not isinstance(volume, Volume):
+            load = nifti.load_labels if labels else functools.partial(nifti.load_image, constant=True)
+            volume = load(volume, placed=True)
+        return nifti.as_stored(self.on_fixed(volume, labels=labels), self.fixed)[0]
+
+    def on_fixed(self, volume: Volume, *, labels: bool = False) -> Num[np.ndarray, "X Y Z"]:
+        """As `warp`, in RAS order."""
         matrix = np.linalg.inv(volume.affine) @ self.matrix @ self.fixed.affine
         return pull(volume, self.displacement, matrix, labels=labels)
 
@@ -169,7 +183,8 @@ class Registration:
     def inverse_errors_mm(self) -> tuple[float, float]:
         """Mean and maximum, over the working lattice, of the distance from a point to where map and inverse take it.
 
-        The inverse is the dense one, interpolated. Points that the map takes off the moving lattice do not count.
+        The inverse is the dense one, interpolated. Points that the map takes off the moving lattice do not count; NaN
+        where there are no others.
         """
         working = self.fixed_working.affine
         to_inverse = np.linalg.inv(corner_to_corner(self.moving, self.inverse_shape)) @ self.matrix
@@ -182,7 +197,8 @@ class Registration:
                 self.matrix[:3, :3] @ working[:3, :3],
             )
         )
-        return float(np.nanmean(error)), float(np.nanmax(error))
+        error = error[~np.isnan(error)]
+        return (float(error.mean()), float(error.max())) if error.size else (np.nan, np.nan)
 
 
 def register(
@@ -190,9 +206,9 @@ def register(
     moving: Source | Volume,
     *,
     preset: str = "balanced",
-    affine: str | Path | Float[np.ndarray, "4 4"] = "auto",
+    affine: str | Path | Num[np.ndarray, "_ _"] = "auto",
     similarity: str = "lncc",
-    grid: int | float | None = None,
+    grid: int | float | np.integer | None = None,
     mask: Source | Volume | None = None,
     method: str = "grid",
     model: str | Path | None = None,
@@ -209,8 +225,8 @@ def register(
         that `nifti.load_image` has read.
       preset: a name in `PRESETS`.
       affine: "auto" for an affine start, "rigid" for a rigid one, "off" for none (both images in one world space), a
-        file of ITK's or ANTs' with an affine, or the matrix, RAS mm of the fixed -> RAS mm of the moving image.
-      similarity: a name in `losses.SIMILARITIES`; "nmi" and "mind" are for different modalities.
+        file of ITK's or ANTs' with an affine, or the 4 x 4 matrix, RAS mm of the fixed -> RAS mm of the moving image.
+      similarity: a name in `deformable.PENALTY_SCALE`; "nmi" and "mind" are for different modalities.
       grid: control points an axis in the last stage (int), or the length of its cells in mm (float); None for auto.
       mask: labels on the lattice of the fixed image: what is 0 there does not guide the registration.
       method: what the preset's stages fit: "grid", displacements of control points; "velocity", a stationary velocity,
@@ -223,7 +239,7 @@ def register(
     Raises:
       InputError: an image is not as it should be, the two do not overlap, or an argument is unknown.
     """
-    for name, value, known in (("preset", preset, PRESETS), ("similarity", similarity, SIMILARITIES)):
+    for name, value, known in (("preset", preset, PRESETS), ("similarity", similarity, PENALTY_SCALE)):
         if value not in known:
             raise InputError(f"{name} {value!r} is not known: the known ones are {', '.join(known)}")
     if method not in METHODS:
@@ -235,14 +251,17 @@ def register(
     if model is not None and not (isinstance(affine, str) and affine == "auto"):
         raise InputError("a model brings its own alignment: leave affine at 'auto'")
     matrix = given_affine(affine)
+    grid = int(grid) if isinstance(grid, np.integer) else grid
     with ThreadPoolExecutor(2) as pool:
         fixed, moving = pool.map(_loaded, (fixed, moving))
         # Every one of the many steps of ncf is on the finest lattice: it gets the smallest.
         at_work = functools.partial(_at_work, voxels=PRESETS["fast" if method == "ncf" else preset].voxels)
         fixed_working, moving_working = pool.map(at_work, (fixed, moving))
     mask = mask if mask is None or isinstance(mask, Volume) else nifti.load_labels(mask, like=fixed)
-    if mask is not None and not mask.array.any():
-        raise InputError(f"{mask.path}: the mask is 0 everywhere")
+    if mask is not None:
+        left = np.count_nonzero(resample(mask, fixed_working.affine, fixed_working.array.shape, labels=True))
+        if left < LEAST_MASK:
+            raise InputError(f"{mask.path}: the mask leaves {left} voxels, and at least {LEAST_MASK} are needed")
     stages = PRESETS[preset]
     deformable.last_cells(fixed_working, stages, grid)  # A mistake is named before the long part.
     options = dict(similarity=similarity, grid=grid, method="grid" if method == "ncf" else method)
@@ -305,14 +324,19 @@ def register(
     )
 
 
-def given_affine(affine: str | Path | Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "4 4"] | None:
+def given_affine(affine: str | Path | Num[np.ndarray, "_ _"]) -> Float[np.ndarray, "4 4"] | None:
     """The matrix (RAS mm -> RAS mm) that an argument stands for; None where it is to be found.
 
     Raises:
-      InputError: a file that cannot be read or holds more than affine transforms.
+      InputError: a file that cannot be read or holds more than affine transforms, or a matrix that is not affine or
+        cannot be inverted.
     """
-    if isinstance(affine, np.ndarray):
-        return affine
+    if not isinstance(affine, (str, Path)):
+        matrix = np.asarray(affine, np.float64)
+        whole = matrix.shape == (4, 4) and np.isfinite(matrix).all() and (matrix[3] == [0, 0, 0, 1]).all()
+        if not (whole and abs(np.linalg.det(matrix[:3, :3])) > 1e-6):
+            raise InputError(f"affine: no 4 x 4 matrix of an affine map that can be inverted: {matrix.tolist()}")
+        return matrix
     if affine in ("auto", "rigid"):
         return None
     if affine == "off":
@@ -333,6 +357,7 @@ def pull(
     matrix: Float[np.ndarray, "4 4"],
     *,
     labels: bool = False,
+    outside: float | None = None,
 ) -> Num[np.ndarray, "X Y Z"]:
     """`volume(matrix (x + displacement(x)))` at the voxels x of a lattice; outside and labels as `Registration.warp`.
 
@@ -340,9 +365,10 @@ def pull(
       volume: what is sampled.
       displacement: in voxels of the lattice.
       matrix: voxels of the lattice -> voxels of the volume.
+      outside: the value there, in place of the minimum.
     """
     result = np.empty(displacement.shape[:3], np.int32 if labels else np.float32)
-    outside = 0 if labels else volume.array.min()
+    outside = 0 if labels else volume.array.min() if outside is None else np.float32(outside)
     for start, stop in _slabs(result.shape):
         result[start:stop] = _pull_slab(
             volume.array, displacement[start:stop], start, matrix[:3], outside, labels=labels
@@ -359,7 +385,11 @@ def _slabs(shape: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _loaded(source: Source | Volume) -> Volume:
-    return source if isinstance(source, Volume) else nifti.load_image(source, placed=True)
+    volume = source if isinstance(source, Volume) else nifti.load_image(source, placed=True)
+    if min(volume.array.shape) < 2:
+        raise InputError(f"{volume.path}: registration needs at least 2 voxels an axis, not {volume.array.shape}")
+    nifti.check_right_angles(volume)
+    return volume
 
 
 def _at_work(volume: Volume, voxels: int) -> Volume:

@@ -125,7 +125,7 @@ def _numbers(metrics: dict) -> Iterator[str]:
 def _text(value) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_text(part)}" for name, part in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def _cut(volume: Float[np.ndarray, "x y z"], across: int) -> Float[np.ndarray, "h w"]:

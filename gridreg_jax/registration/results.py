@@ -1,7 +1,9 @@
 """What a registration leaves in its folder: images, transforms, numbers, and a page to look at."""
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import shutil
 import uuid
@@ -11,11 +13,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Float32, Int32
 
 from gridreg_jax import __version__, geometry
 from gridreg_jax.data import nifti
 from gridreg_jax.data.nifti import Volume
+from gridreg_jax.data.preprocess import resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.export import itk
 from gridreg_jax.files import replacing
@@ -43,24 +46,28 @@ def save(
 
     `warped.nii.gz` on the lattice of the fixed image, as its file has it; `transform.tfm` (affine and spline) and
     `spline.mat` for ITK; `displacement.nii.gz` (the whole map) and `inverse_displacement.nii.gz`; `warped_NAME` for
-    other volumes; `NAME_in_moving.csv`, `NAME_in_fixed.csv` for points; `metrics.json` and `report.html`.
+    other volumes; `NAME_in_moving.csv`, `NAME_in_fixed.csv` for points; after a Bayesian network `sigma.nii.gz`;
+    `metrics.json` and `report.html`.
 
     Args:
       registration: what `register` found.
       out: the folder, made when missing.
       fixed_labels, moving_labels: on the lattices of the two images; with both, Dice is measured.
       fixed_points, moving_points: CSV files of landmarks (RAS mm); with both, their distances are measured.
-      also_apply: more images in the moving image's space.
+      also_apply: more images, and labels (int32), in the moving image's space.
       command: for the report.
 
     Returns:
-      The content of `metrics.json`.
+      The content of `metrics.json`, with None for what is undefined.
 
     Raises:
-      InputError: landmarks outside the image or without a common id, or a file that cannot be written.
+      InputError: landmarks outside the image or without a common id, two volumes of one name, or a file that cannot be
+        written.
     """
     fixed, moving = registration.fixed, registration.moving
     points = load_points(fixed, moving, fixed_points, moving_points)
+    others = [volume for volume in (moving_labels, *also_apply) if volume is not None]
+    names = warped_names(others)
     metrics = {"version": __version__, "command": command}
     with filling(Path(out)) as folder, ThreadPoolExecutor(3) as pool:
         jobs = []
@@ -72,17 +79,18 @@ def save(
             rounded = np.rint(getattr(registration, f"{name}_mm") * STEPS_PER_MM) / STEPS_PER_MM
             itk.save_displacement(folder / f"{name}.nii.gz", *nifti.as_stored(rounded, like))
 
-        warped = registration.warp(moving)
+        warped = registration.on_fixed(moving)
         jobs.append(pool.submit(write_displacement, "inverse_displacement", moving))
         jobs.append(pool.submit(write_displacement, "displacement", fixed))
         write("warped.nii.gz", warped)
-        for volume in also_apply:
-            write(f"warped_{_stem(volume.path)}.nii.gz", registration.warp(volume))
-        if moving_labels is not None:
-            warped_labels = registration.warp(moving_labels, labels=True)
-            write(f"warped_{_stem(moving_labels.path)}.nii.gz", warped_labels)
-            if fixed_labels is not None:
-                metrics["dice"] = _overlaps(registration, fixed_labels.array, moving_labels, warped_labels)
+        for name, volume in zip(names, others, strict=True):
+            warped = registration.on_fixed(volume, labels=volume.array.dtype.kind == "i")
+            write(name, warped)
+            if volume is moving_labels and fixed_labels is not None:
+                metrics["dice"] = _overlaps(registration, fixed_labels.array, moving_labels, warped)
+        if registration.sigma_mm is not None:
+            sigma_mm = dataclasses.replace(registration.fixed_working, array=registration.sigma_mm)
+            write("sigma.nii.gz", resample(sigma_mm, fixed.affine, fixed.array.shape))
         metrics |= _map_points(registration, folder, *points, fixed_points, moving_points)
         itk.write_tfm(folder / "transform.tfm", registration.transforms)
         itk.write_mat(folder / "spline.mat", registration.transforms[1])
@@ -92,8 +100,9 @@ def save(
             job.result()
         mean, largest = registration.inverse_errors_mm
         metrics["inverse_error_mm"] = {"mean": mean, "max": largest}
+        metrics = _defined(metrics)
         (folder / "report.html").write_text(page(registration, metrics, volumes))
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     return metrics
 
 
@@ -111,7 +120,11 @@ def filling(out: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == "metrics.json"):
+        paths = sorted(temporary.iterdir(), key=lambda path: path.name == "metrics.json")
+        for path in paths:
+            if (out / path.name).is_dir():
+                raise InputError(f"{out / path.name}: a folder is in the place of a result")
+        for path in paths:
             os.replace(path, out / path.name)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
@@ -120,6 +133,21 @@ def filling(out: Path) -> Iterator[Path]:
         for folder in made:
             with contextlib.suppress(OSError):  # where it is not empty
                 folder.rmdir()
+
+
+def warped_names(volumes: Sequence[Volume]) -> list[str]:
+    """Names of the files that volumes are written to when they are warped, `warped_NAME.nii.gz`.
+
+    Raises:
+      InputError: two of them have one name.
+    """
+    paths = {}
+    for volume in volumes:
+        name = f"warped_{_stem(volume.path)}.nii.gz"
+        if name in paths:
+            raise InputError(f"{paths[name]} and {volume.path} would both be written as {name}: rename one of them")
+        paths[name] = volume.path
+    return list(paths)
 
 
 Points = dict[int, Float[np.ndarray, "3"]]
@@ -157,15 +185,25 @@ def write_points(path: Path, points: Points) -> None:
 
 
 def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
+    return path.stem if path.suffix.lower() == ".csv" else path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _defined(value):
+    """The same with None in place of numbers that are not finite: JSON has none."""
+    if isinstance(value, dict):
+        return {name: _defined(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_defined(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @stored
 def _jacobian(displacement):
     determinant = jacobian_determinant(displacement[None])[0]
-    logarithm = jnp.log(jnp.maximum(determinant, 1e-9))
-    folded = 100 * jnp.mean(determinant <= 0)
-    return determinant, jnp.min(determinant), jnp.max(determinant), folded, jnp.std(logarithm)
+    folded = determinant <= 0
+    # As `metrics.sd_log_jacobian`: what is folded has no logarithm.
+    spread = jnp.std(jnp.log(jnp.where(folded, 1.0, determinant)), where=~folded)
+    return determinant, jnp.min(determinant), jnp.max(determinant), 100 * jnp.mean(folded), spread
 
 
 def _compare(registration: Registration) -> tuple[dict, dict]:
@@ -174,19 +212,20 @@ def _compare(registration: Registration) -> tuple[dict, dict]:
     u = registration.working_displacement
     to_moving = np.linalg.inv(moving.affine)
     volumes = {
-        name: pull(moving, displacement, to_moving @ matrix @ fixed.affine)
+        name: pull(moving, displacement, to_moving @ matrix @ fixed.affine, outside=np.nan)
         for name, displacement, matrix in (
             ("before", np.zeros_like(u), np.eye(4)),
             ("affine", np.zeros_like(u), matrix),
             ("after", u, matrix),
         )
     }
-    correlation = {name: float(np.corrcoef(fixed.array.ravel(), v.ravel())[0, 1]) for name, v in volumes.items()}
+    correlation = {name: _correlation(fixed.array, volume) for name, volume in volumes.items()}
+    volumes = {name: np.nan_to_num(volume, nan=moving.array.min()) for name, volume in volumes.items()}
     determinant, *statistics = _jacobian(registration.displacement)
     lowest, highest, folded, deviation = map(float, statistics)
     certificate = registration.certificate
     numbers = {
-        "correlation": {name: value if np.isfinite(value) else None for name, value in correlation.items()},
+        "correlation": correlation,
         "affine": matrix.tolist(),
         "affine_determinant": float(np.linalg.det(matrix[:3, :3])),
         "stages": [
@@ -215,6 +254,15 @@ def _compare(registration: Registration) -> tuple[dict, dict]:
     if registration.sigma_mm is not None:
         volumes["sigma_mm"] = registration.sigma_mm
     return volumes, numbers
+
+
+def _correlation(fixed: Float32[np.ndarray, "X Y Z"], warped: Float32[np.ndarray, "X Y Z"]) -> float | None:
+    """Pearson's, over the voxels where the warped image is known (not NaN); None where it is undefined."""
+    known = ~np.isnan(warped)
+    values = fixed[known], warped[known]
+    if not known.any() or min(map(np.ptp, values)) == 0:
+        return None
+    return float(np.corrcoef(*values)[0, 1])
 
 
 def _overlaps(
@@ -254,7 +302,7 @@ def _map_points(
     ):
         if points:
             mapped[where] = dict(zip(points, maps(np.array(list(points.values()))), strict=True))
-            write_points(folder / f"{Path(path).stem}_in_{where}.csv", mapped[where])
+            write_points(folder / f"{_stem(Path(path))}_in_{where}.csv", mapped[where])
     if not (fixed and moving):
         return {}
     common = sorted(fixed.keys() & moving.keys())

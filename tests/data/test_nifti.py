@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -141,6 +142,54 @@ def test_bad_files_are_refused_by_name(tmp_path, load, case):
     with pytest.raises(InputError, match=f"the_file.nii.gz: .*{message}") as caught:
         load(path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_constant_image_and_one_without_a_place_are_taken_where_they_will_do(tmp_path):
+    path = write(tmp_path / "image.nii", np.full(SHAPE, 7, np.int16))
+    assert (nifti.load_image(path, constant=True).array == 7).all()
+    nib.save(nib.Nifti1Image(ramp(), None), tmp_path / "nowhere.nii")
+    for load in (nifti.load_image, nifti.load_labels):
+        load(tmp_path / "nowhere.nii")
+        with pytest.raises(InputError, match="nowhere.nii: its header has no affine"):
+            load(tmp_path / "nowhere.nii", placed=True)
+
+
+def in_two_places(path, apart_mm, codes=(4, 1)):
+    image = nib.Nifti1Image(ramp(), None)
+    image.set_sform(nib.affines.from_matvec(np.eye(3), [apart_mm, 0, 0]), codes[0])
+    image.set_qform(np.eye(4), codes[1])
+    nib.save(image, path)
+    return path
+
+
+def test_a_header_that_gives_two_places_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="the_file.nii: its sform and qform lie up to 15 mm apart: the sform counts"):
+        volume = nifti.load_image(in_two_places(tmp_path / "the_file.nii", 15), placed=True)
+    assert volume.affine[0, 3] == 15
+
+
+@pytest.mark.parametrize(
+    ("apart_mm", "codes", "quaternion"), [(0.3, (4, 1), 0), (15, (4, 0), 0), (15, (0, 1), 0), (15, (4, 1), 9)]
+)
+def test_rounding_and_a_single_form_that_counts_are_no_two_places(tmp_path, apart_mm, codes, quaternion):
+    image = nib.load(in_two_places(tmp_path / "first.nii", apart_mm, codes))
+    image.header["quatern_b"] = quaternion  # 9: of no rotation
+    (tmp_path / "image.nii").write_bytes(image.to_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nifti.load_image(tmp_path / "image.nii", placed=True)
+
+
+@pytest.mark.parametrize(("slant", "right"), [(0, True), (5e-4, True), (2e-3, False)])
+def test_axes_at_right_angles_are_told_from_others(tmp_path, slant, right):
+    affine = oblique_affine()
+    affine[:3, :3] = affine[:3, :3] @ (np.eye(3) + slant * np.eye(3, k=1) * [0, 1, 0])
+    volume = nifti.load_image(write(tmp_path / "the_file.nii", ramp(), affine))
+    if right:
+        nifti.check_right_angles(volume)
+    else:
+        with pytest.raises(InputError, match="the_file.nii: its axes are .* degrees off right angles"):
+            nifti.check_right_angles(volume)
 
 
 def test_truncated_uncompressed_file_is_refused(tmp_path):

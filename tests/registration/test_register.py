@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import re
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -60,7 +62,7 @@ def out(found, folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "deeper"
     labels = {f"{name}_labels": nifti.load_labels(folder / f"{name}_labels.nii.gz") for name in ("fixed", "moving")}
     points = {f"{name}_points": folder / f"{name}_points.csv" for name in ("fixed", "moving")}
-    results.save(found, out, **labels, **points, also_apply=[nifti.load_image(folder / "moving_labels.nii.gz")])
+    results.save(found, out, **labels, **points, also_apply=[nifti.load_image(folder / "moving.nii.gz")])
     return out
 
 
@@ -79,7 +81,7 @@ def test_the_map_is_close_to_the_true_one(out):
 
 
 def test_the_folder_holds_what_it_should_and_nothing_half_written(out):
-    names = "warped displacement inverse_displacement warped_moving_labels".split()
+    names = "warped displacement inverse_displacement warped_moving_labels warped_moving".split()
     expected = {f"{name}.nii.gz" for name in names} | {"transform.tfm", "spline.mat", "metrics.json", "report.html"}
     expected |= {"fixed_points_in_moving.csv", "moving_points_in_fixed.csv"}
     assert {path.name for path in out.iterdir()} == expected
@@ -192,10 +194,11 @@ def test_outside_the_moving_image_is_its_minimum(found):
 
 
 def test_images_of_nibabel_arrays_and_files_are_the_same(folder, found):
-    options = dict(preset="fast", affine=found.matrix, grid=4)
+    options = dict(preset="fast", affine=found.matrix)
     images = [nib.load(folder / f"{name}.nii.gz") for name in ("fixed", "moving")]
     arrays = [(image.get_fdata(), image.affine) for image in images]
-    first, second = gridreg_jax.register(*images, **options), gridreg_jax.register(*arrays, **options)
+    first = gridreg_jax.register(*images, grid=4, **options)
+    second = gridreg_jax.register(*arrays, grid=np.int64(4), **options)
     np.testing.assert_allclose(first.control_grid, second.control_grid, atol=1e-5)
 
 
@@ -208,10 +211,65 @@ def test_a_given_affine(tmp_path, found):
         given_affine(tmp_path / "both.tfm")
 
 
-@pytest.mark.parametrize("option", ["preset", "similarity"])
-def test_an_unknown_name_is_named(folder, option):
-    with pytest.raises(InputError, match=f"{option} 'fats' is not known: the known ones are"):
-        register(folder / "fixed.nii.gz", folder / "moving.nii.gz", **{option: "fats"})
+@pytest.mark.parametrize("affine", [np.diag([1.0, 0, 1, 1]), np.eye(3), np.diag([1, 1, 1, 2.0]), np.eye(4) * np.nan])
+def test_a_matrix_of_no_invertible_affine_map_is_refused(affine):
+    with pytest.raises(InputError, match="affine: no 4 x 4 matrix of an affine map"):
+        given_affine(affine)
+
+
+@pytest.mark.parametrize(("option", "name"), [("preset", "fats"), ("similarity", "fats"), ("similarity", "ssim")])
+def test_an_unknown_name_is_named(folder, option, name):
+    with pytest.raises(InputError, match=f"{option} '{name}' is not known: the known ones are (?!.*ssim)"):
+        register(folder / "fixed.nii.gz", folder / "moving.nii.gz", **{option: name})
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_single_slice_and_slanted_axes_are_refused(found, which):
+    pair, slanted = [found.fixed, found.moving], np.eye(4)
+    slanted[0, 1] = 0.01
+    slice_ = dataclasses.replace(pair[which], array=pair[which].array[:, :, 10:11])
+    slanted = dataclasses.replace(pair[which], affine=pair[which].affine @ slanted)
+    for bad, message in ((slice_, "at least 2 voxels an axis"), (slanted, "its axes are 0.[68][0-9] degrees off")):
+        with pytest.raises(InputError, match=message):
+            register(*pair[:which], bad, *pair[which + 1 :])
+
+
+def test_a_volume_is_warped_from_what_register_takes_to_the_axes_of_the_fixed_file(out, folder, found):
+    image = nib.load(folder / "moving.nii.gz")
+    names = "warped", "warped_moving_labels"
+    warped, labels = (np.asarray(nib.load(out / f"{name}.nii.gz").dataobj) for name in names)
+    assert warped.shape != found.fixed.array.shape, "both axis orders are one: the test shows nothing"
+    for source in (folder / "moving.nii.gz", image, (image.get_fdata(), image.affine), found.moving):
+        np.testing.assert_allclose(found.warp(source), warped, atol=1e-6)
+    np.testing.assert_array_equal(found.warp(folder / "moving_labels.nii.gz", labels=True), labels)
+
+
+def test_the_correlation_is_of_what_both_images_show(found):
+    """A moving image that shows a part of what the fixed one does, and one that shows nothing of it."""
+    working = found.moving_working
+    part = dataclasses.replace(working, array=working.array[: working.array.shape[0] // 2])
+    correlation = results._compare(dataclasses.replace(found, moving_working=part))[1]["correlation"]
+    assert correlation["after"] > 0.98
+    far = dataclasses.replace(working, affine=nib.affines.from_matvec(np.eye(3), [999, 0, 0]) @ working.affine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        volumes, numbers = results._compare(dataclasses.replace(found, moving_working=far))
+    assert set(numbers["correlation"].values()) == {None}
+    assert all(np.isfinite(volume).all() for volume in volumes.values())
+
+
+def test_what_is_undefined_is_none_and_uncertainty_lies_on_the_fixed_lattice(found, folder, tmp_path):
+    working, far = found.fixed_working, nib.affines.from_matvec(np.eye(3), [999, 0, 0]) @ found.matrix
+    places_mm = geometry.voxel_to_world(np.moveaxis(np.indices(working.array.shape), 0, -1), working.affine)
+    direction = np.array([0.02, -0.01, 0.03])
+    lost = dataclasses.replace(found, matrix=far, sigma_mm=(5 + places_mm @ direction).astype(np.float32))
+    metrics = results.save(lost, tmp_path)
+    assert metrics["inverse_error_mm"] == {"mean": None, "max": None}
+    assert not re.search("NaN|Infinity", (tmp_path / "metrics.json").read_text())
+    sigma, fixed = nib.load(tmp_path / "sigma.nii.gz"), nib.load(folder / "fixed.nii.gz")
+    np.testing.assert_array_equal(sigma.affine, fixed.affine.astype(np.float32))
+    places_mm = nib.affines.apply_affine(fixed.affine, np.moveaxis(np.indices(fixed.shape), 0, -1))
+    np.testing.assert_allclose(sigma.get_fdata(), 5 + places_mm @ direction, atol=0.05)
 
 
 def test_what_the_mask_leaves_out_does_not_count(folder, found):
@@ -247,6 +305,23 @@ def test_a_write_that_fails_late_leaves_nothing(found, tmp_path, monkeypatch, la
         results.save(found, tmp_path / "there")
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["warped.nii.gz"]
     assert (tmp_path / "there" / "warped.nii.gz").read_bytes() == b"old"
+
+
+def test_a_folder_in_the_place_of_a_result_leaves_the_others_as_they_were(found, tmp_path):
+    (tmp_path / "warped.nii.gz").mkdir()
+    (tmp_path / "displacement.nii.gz").write_bytes(b"old")
+    with pytest.raises(InputError, match="warped.nii.gz: a folder is in the place of a result"):
+        results.save(found, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["displacement.nii.gz", "warped.nii.gz"]
+    assert (tmp_path / "displacement.nii.gz").read_bytes() == b"old"
+
+
+def test_two_volumes_of_one_name_are_refused(found, tmp_path):
+    labels = Volume(np.ones((4, 4, 4), np.int32), np.eye(4), Path("labels/scan.nii.gz"))
+    image = dataclasses.replace(found.moving, path=Path("images/scan.nii"))
+    with pytest.raises(InputError, match="labels/scan.nii.gz and images/scan.nii would both .* warped_scan.nii.gz"):
+        results.save(found, tmp_path / "out", moving_labels=labels, also_apply=[image])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failed_write_leaves_no_folder_of_parts(found, tmp_path):

@@ -32,6 +32,7 @@ def text():
     )
     planes = {"fixed": 1.0, "before": 0.1, "affine": 0.3, "after": 0.6, "determinant": 1.0, "sigma_mm": 2.0}
     metrics = {"command": "gridreg register --out 'a & b'", "certificate": {"text": str(certificate)}, "version": "1"}
+    metrics["correlation"] = {"before": None, "after": 0.5}
     return page(registration, metrics, {name: np.full(SHAPE, value) for name, value in planes.items()})
 
 
@@ -48,6 +49,7 @@ def test_the_page_is_whole(text):
         assert matplotlib.image.imread(io.BytesIO(b64decode(picture))).shape[2] == 3
     assert not re.search(r'(src|href)="(?!data:)', text), "the page needs another file"
     assert "invertible everywhere" in text and "4x4x4 on 20x30x25 voxels" in text
+    assert "before none, after 0.5" in text
     assert text.count("<polyline") == 2 and text.count("uncertainty") == 1
 
 
