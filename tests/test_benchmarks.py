@@ -1,8 +1,10 @@
 """The benchmarks: their networks in PyTorch (one is the JAX network, one the published one), and their arguments."""
 
 import importlib
+import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import pytest
 from gridreg_jax.models import build
 from gridreg_jax.training.objective import objective
 
+ROOT = Path(__file__).parents[1]
 SHAPE, GRID = (16, 20, 16), (5, 4, 6)
 TINY = dict(levels=4, width=4, projection=8, decoder=8, heads=2)
 SCRIPTS = ("kernels", "models", "scaling", "versus_torch")
@@ -126,3 +129,9 @@ def test_a_wrong_argument_is_named_before_anything_is_measured(
         module.main()
     assert end.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("how", [["benchmarks/versus_torch.py"], ["-m", "benchmarks.versus_torch"]])
+def test_the_comparison_starts_as_a_file_and_as_a_module(how):
+    done = subprocess.run([sys.executable, *how, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--against" in done.stdout, done.stderr
