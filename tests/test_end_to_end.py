@@ -447,6 +447,7 @@ BAD_VALUES = {
     "missing list": (dict(data__subjects="none.csv"), "none.csv: cannot be read"),
     "center": (dict(data__center="middle"), "center must be one of mass, image"),
     "labels": (dict(data__labels=(4,)), "no image has label 4"),
+    "evaluation pairs": (dict(data__evaluation_pairs=(0, 2)), "data.evaluation_pairs is .0, 2.: give 1 or more"),
 }
 
 

@@ -131,6 +131,8 @@ def open_dataset(
     for name, given, count in (("cohort_subjects", cohort_subjects, 3), ("evaluation_pairs", evaluation_pairs, 2)):
         if len(given) != count:
             raise InputError(f"data.{name} must be {count} whole numbers, not {given}")
+    if min(evaluation_pairs) < 1:
+        raise InputError(f"data.evaluation_pairs is {evaluation_pairs}: give 1 or more of each")
     if pairs:
         listed = lists.assign_splits(lists.read_pairs(pairs), seed=seed)
         sources, pairs_by_split = _from_pairs(listed, lattice, cache_dir)
