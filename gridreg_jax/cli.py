@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     more = dict(nargs="+", action="extend", default=[], metavar="FILE")
     command.add_argument("--also-apply", **more, help="images to warp in the same way")
     command.add_argument("--also-apply-labels", **more, help="labels to warp in the same way")
+    command.add_argument("--learn2reg", action="store_true", help="also write the map as Learn2Reg reads it")
     command.set_defaults(run=_register)
 
     command = commands.add_parser("apply", help="apply a transform", description=_apply.__doc__)
@@ -143,6 +144,7 @@ def _register(options: argparse.Namespace) -> None:
         fixed_points=options.fixed_points,
         moving_points=options.moving_points,
         also_apply=also_apply,
+        learn2reg=options.learn2reg,
         command=shlex.join(["gridreg", *sys.argv[1:]]),
     )
     print(f"correlation {_course(metrics['correlation'])}; {registration.certificate}")

@@ -83,6 +83,20 @@ class Registration:
         linear = self.matrix @ self.fixed.affine - self.fixed.affine
         return np.asarray(_total(self.displacement, self.matrix[:3, :3] @ self.fixed.affine[:3, :3], linear[:3]))
 
+    @property
+    def learn2reg_displacement(self) -> Float32[np.ndarray, "x y z 3"]:
+        """The whole map as Learn2Reg reads it: what takes a voxel of the fixed file to its place in the moving file.
+
+        In voxels; axes and components as the files have them.
+
+        Source: the evaluation code of Learn2Reg (Hering et al., IEEE TMI 2023), which warps by such a field.
+        """
+        displacement_mm, affine = nifti.as_stored(self.displacement_mm, self.fixed)
+        voxels = np.moveaxis(np.indices(displacement_mm.shape[:3]), 0, -1)
+        to_moving = self.moving.affine if self.moving.stored_affine is None else self.moving.stored_affine
+        reached_mm = geometry.voxel_to_world(voxels, affine) + displacement_mm
+        return (geometry.world_to_voxel(reached_mm, to_moving) - voxels).astype(np.float32)
+
     @functools.cached_property
     def working_displacement(self) -> Float32[np.ndarray, "x y z 3"]:
         """u at the voxels of the working lattice, in its voxels."""

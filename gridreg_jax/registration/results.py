@@ -40,6 +40,7 @@ def save(
     fixed_points: str | Path | None = None,
     moving_points: str | Path | None = None,
     also_apply: Sequence[Volume] = (),
+    learn2reg: bool = False,
     command: str = "",
 ) -> dict:
     """Writes the results into a folder: all files, or none.
@@ -55,6 +56,7 @@ def save(
       fixed_labels, moving_labels: on the lattices of the two images; with both, Dice is measured.
       fixed_points, moving_points: CSV files of landmarks (RAS mm); with both, their distances are measured.
       also_apply: more images, and labels (int32), in the moving image's space.
+      learn2reg: also write `learn2reg_displacement.nii.gz` (see `Registration.learn2reg_displacement`).
       command: for the report.
 
     Returns:
@@ -88,6 +90,9 @@ def save(
             write(name, warped)
             if volume is moving_labels and fixed_labels is not None:
                 metrics["dice"] = _overlaps(registration, fixed_labels.array, moving_labels, warped)
+        if learn2reg:
+            field = registration.learn2reg_displacement
+            jobs.append(pool.submit(nifti.save, folder / "learn2reg_displacement.nii.gz", field, np.eye(4)))
         if registration.sigma_mm is not None:
             sigma_mm = dataclasses.replace(registration.fixed_working, array=registration.sigma_mm)
             write("sigma.nii.gz", resample(sigma_mm, fixed.affine, fixed.array.shape))

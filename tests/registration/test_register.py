@@ -62,7 +62,8 @@ def out(found, folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "deeper"
     labels = {f"{name}_labels": nifti.load_labels(folder / f"{name}_labels.nii.gz") for name in ("fixed", "moving")}
     points = {f"{name}_points": folder / f"{name}_points.csv" for name in ("fixed", "moving")}
-    results.save(found, out, **labels, **points, also_apply=[nifti.load_image(folder / "moving.nii.gz")])
+    others = [nifti.load_image(folder / "moving.nii.gz")]
+    results.save(found, out, **labels, **points, also_apply=others, learn2reg=True)
     return out
 
 
@@ -329,3 +330,15 @@ def test_a_failed_write_leaves_no_folder_of_parts(found, tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         results.save(found, tmp_path / "file" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_learn2reg_warps_by_its_field_as_we_do(folder, out):
+    """Their code adds the field to the voxel indices of the files' arrays."""
+    field = nib.load(out / "learn2reg_displacement.nii.gz").get_fdata()
+    moving, warped = (nib.load(path).get_fdata() for path in (folder / "moving.nii.gz", out / "warped.nii.gz"))
+    assert field.shape == (*warped.shape, 3)
+    places = np.indices(warped.shape) + np.moveaxis(field, -1, 0)
+    found = ndimage.map_coordinates(moving, places, order=1, cval=np.nan)
+    inside = ~np.isnan(found)
+    assert inside.mean() > 0.5
+    np.testing.assert_allclose(found[inside], warped[inside], atol=1e-3 * np.ptp(moving))
