@@ -139,8 +139,13 @@ def apply(transforms: Sequence[ItkTransform], points_mm: Float[np.ndarray, "P 3"
     Raises:
       InputError: as for `understood`.
     """
+    return _apply([understood(transform) for transform in transforms], points_mm)
+
+
+def _apply(transforms: Sequence[ItkTransform], points_mm: Float[np.ndarray, "P 3"]) -> Float64[np.ndarray, "P 3"]:
+    """`apply` of what is `understood` already."""
     points = points_mm * FLIP
-    for transform in map(understood, reversed(transforms)):
+    for transform in reversed(transforms):
         points = _affine_map(transform, points) if transform.type == AFFINE else _grid_map(transform, points)
     return points * FLIP
 
@@ -171,7 +176,7 @@ def displacement(
             shift[:3, 3] += first * affine[:3, 0]
             if (moved := _on_lattice(transforms[-1], slab.shape[:3], shift)) is not None:
                 points, rest = points + moved.reshape(-1, 3) * FLIP, rest[:-1]
-        slab[:] = (geometry.world_to_voxel(apply(rest, points), affine) - voxels).reshape(slab.shape)
+        slab[:] = (geometry.world_to_voxel(_apply(rest, points), affine) - voxels).reshape(slab.shape)
     return result
 
 

@@ -93,9 +93,9 @@ class Registration:
         """
         displacement_mm, affine = nifti.as_stored(self.displacement_mm, self.fixed)
         voxels = np.moveaxis(np.indices(displacement_mm.shape[:3]), 0, -1)
-        to_moving = self.moving.affine if self.moving.stored_affine is None else self.moving.stored_affine
+        _, moving_affine = nifti.as_stored(self.moving.array, self.moving)
         reached_mm = geometry.voxel_to_world(voxels, affine) + displacement_mm
-        return (geometry.world_to_voxel(reached_mm, to_moving) - voxels).astype(np.float32)
+        return (geometry.world_to_voxel(reached_mm, moving_affine) - voxels).astype(np.float32)
 
     @functools.cached_property
     def working_displacement(self) -> Float32[np.ndarray, "x y z 3"]:
