@@ -82,7 +82,8 @@ def test_the_map_is_close_to_the_true_one(out):
 
 
 def test_the_folder_holds_what_it_should_and_nothing_half_written(out):
-    names = "warped displacement inverse_displacement warped_moving_labels warped_moving".split()
+    images = "warped warped_moving_labels warped_moving"
+    names = f"{images} displacement inverse_displacement learn2reg_displacement".split()
     expected = {f"{name}.nii.gz" for name in names} | {"transform.tfm", "spline.mat", "metrics.json", "report.html"}
     expected |= {"fixed_points_in_moving.csv", "moving_points_in_fixed.csv"}
     assert {path.name for path in out.iterdir()} == expected
