@@ -10,12 +10,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Num
+from jaxtyping import Array, Bool, Float, Float32, Num
 
 from gridreg_jax import geometry, instance
 from gridreg_jax.data import nifti
 from gridreg_jax.data.nifti import Source, Volume, corner_to_corner
-from gridreg_jax.data.preprocess import normalise, resample
+from gridreg_jax.data.preprocess import field_of_view, normalise, resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.export import itk
 from gridreg_jax.programs import stored
@@ -273,9 +273,8 @@ def register(
         fixed_working, moving_working = pool.map(at_work, (fixed, moving))
     mask = mask if mask is None or isinstance(mask, Volume) else nifti.load_labels(mask, like=fixed)
     if mask is not None:
-        left = np.count_nonzero(resample(mask, fixed_working.affine, fixed_working.array.shape, labels=True))
-        if left < LEAST_MASK:
-            raise InputError(f"{mask.path}: the mask leaves {left} voxels, and at least {LEAST_MASK} are needed")
+        left = resample(mask, fixed_working.affine, fixed_working.array.shape, labels=True) != 0
+        _check_mask(mask, left, "the mask leaves")
     stages = PRESETS[preset]
     deformable.last_cells(fixed_working, stages, grid)  # A mistake is named before the long part.
     options = dict(similarity=similarity, grid=grid, method="grid" if method == "ncf" else method)
@@ -304,6 +303,9 @@ def register(
             kind = "rigid" if affine == "rigid" else "affine"
             matrix = affine_start.align(fixed_working, moving_working, mask, kind=kind)
         affine_start.check_overlap(fixed, moving, matrix)
+        if mask is not None:
+            shown = field_of_view(moving, matrix @ fixed_working.affine, left.shape)
+            _check_mask(mask, left & shown, f"of what the mask leaves {moving.path} shows")
         if method == "ncf":
             from gridreg_jax.registration.network import fit_ncf
 
@@ -336,6 +338,11 @@ def register(
         flow_error_mm,
         seconds,
     )
+
+
+def _check_mask(mask: Volume, left: Bool[np.ndarray, "X Y Z"], what: str) -> None:
+    if (voxels := np.count_nonzero(left)) < LEAST_MASK:
+        raise InputError(f"{mask.path}: {what} {voxels} voxels, and at least {LEAST_MASK} are needed")
 
 
 def given_affine(affine: str | Path | Num[np.ndarray, "_ _"]) -> Float[np.ndarray, "4 4"] | None:

@@ -288,6 +288,18 @@ def test_what_the_mask_leaves_out_does_not_count(folder, found):
     assert errors[1] < 0.7 * errors[0]
 
 
+def test_a_mask_of_what_the_moving_image_does_not_show_is_refused(folder):
+    fixed, moving = (nifti.load_image(folder / f"{name}.nii.gz") for name in ("fixed", "moving"))
+    mask = np.zeros(FIXED, np.int32)
+    mask[:8] = 1
+    half = np.eye(4)
+    # Half a field of view along the first axis: what the mask leaves lies beyond the moving image.
+    half[:3, 3] = -0.5 * FIXED[0] * fixed.affine[:3, 0]
+    mask = Volume(mask, fixed.affine, Path("mask"))
+    with pytest.raises(InputError, match="mask: of what the mask leaves .* shows 0 voxels, and at least 100"):
+        register(fixed, moving, preset="fast", affine=half, mask=mask)
+
+
 @pytest.mark.parametrize("late", ["warped.nii.gz", "displacement.nii.gz", "transform.tfm", "report.html"])
 def test_a_write_that_fails_late_leaves_nothing(found, tmp_path, monkeypatch, late):
     def fail(path, content):
