@@ -96,7 +96,8 @@ def measure(
       grid_size: of all pairs; or a function that chooses it for a batch (see `coarsest_sufficient`), and then a row
         says what it chose.
       thorough: also the slower ones: `hd95_mm` (mean over the labels in both maps), `ndv_percent`, and what Learn2Reg
-        would count (`metrics.learn2reg_*`, `lumir_*`).
+        would count (`metrics.learn2reg_*`, `lumir_*`) on this lattice, of the labels without the background (which some
+        of its tasks score too) and without a mask (which some have).
     """
 
     def run(on_device):
@@ -193,7 +194,9 @@ def _measurements(
         if thorough:
             scored = arrays["fixed_labels"], arrays["moving_labels"], displacement, ids
             row["learn2reg_dice"] = _mean(metrics.learn2reg_dice(*scored).values())
-            row["learn2reg_hd95_voxels"] = _mean(metrics.learn2reg_hd95_voxels(*scored).values())
+            # Not finite where a label has vanished, as in Learn2Reg's evaluation.
+            distances = [*metrics.learn2reg_hd95_voxels(*scored).values()]
+            row["learn2reg_hd95_voxels"] = np.inf if np.inf in distances else _mean(distances)
     landmarks = dataset.landmarks(pair)
     if landmarks is not None:
         row["tre_mm_before"] = _mean(metrics.tre_mm(*landmarks, None, spacing))
@@ -209,7 +212,8 @@ def _measurements(
     row["folding_percent"] = metrics.folding_percent(displacement)
     if thorough:
         row["ndv_percent"] = metrics.ndv_percent(displacement)
-        row["lumir_ndv_percent"] = metrics.lumir_ndv_percent(displacement, arrays["moving"][..., 0])
+        above_zero = dataset.sources[pair[1]].load().above_zero
+        row["lumir_ndv_percent"] = metrics.lumir_ndv_percent(displacement, above_zero.astype(np.uint8))
         row["learn2reg_sd_log_jacobian"] = metrics.learn2reg_sd_log_jacobian(displacement)
     row["sd_log_jacobian"] = metrics.sd_log_jacobian(displacement)
     return row

@@ -186,8 +186,11 @@ def learn2reg_tre_mm(
 ) -> Float[np.ndarray, " K"]:
     """`tre_mm` as Learn2Reg scores it: the displacement is sampled by cubic B-splines, and is 0 outside the lattice.
 
-    In mm; arguments as there.
+    In mm; arguments as there. A landmark that is outside by 1e-4 voxels at most, as after a conversion from mm, is
+    taken to the border.
     """
+    on_border = np.clip(fixed_landmarks, 0, np.subtract(np.shape(displacement)[:3], 1))
+    fixed_landmarks = np.where(np.abs(fixed_landmarks - on_border) <= 1e-4, on_border, fixed_landmarks)
     return _landmark_errors(fixed_landmarks, moving_landmarks, displacement, spacing, order=3, mode="constant")
 
 
@@ -217,7 +220,9 @@ def lumir_tre_voxels(
 
 
 def lumir_ndv_percent(displacement: Displacement, moving: Num[np.ndarray, "X Y Z"]) -> float:
-    """`ndv_percent` as the LUMIR task of Learn2Reg scores it: where the *moving* image is above 0.
+    """`ndv_percent` as Learn2Reg's LUMIR task of 2024 scores it: where the *moving* image is above 0.
+
+    That of 2025 takes the fixed one: `ndv_percent(displacement, fixed > 0)`.
 
     Args:
       displacement: voxels.

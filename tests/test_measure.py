@@ -3,10 +3,12 @@
 import time
 
 import jax.numpy as jnp
+import nibabel as nib
 import numpy as np
 import pytest
 from flax import linen as nn
 
+from gridreg_jax import metrics
 from gridreg_jax.data.pipeline import open_dataset
 from gridreg_jax.losses import mse
 from gridreg_jax.measure import candidates, coarsest_sufficient, make_predict, measure
@@ -33,11 +35,35 @@ def test_the_coarsest_grid_that_keeps_the_gain_is_chosen(errors, expected):
     assert coarsest_sufficient(predict, None, (15, 5, 10, 8), mse)(batch) == (expected,) * 3
 
 
-def test_the_choice_of_a_grid_takes_time_too(subjects_csv):
-    data = dict(pairs="", subjects=str(subjects_csv), shape=(16, 20, 16), spacing=(1.0,) * 3, center="image", labels=())
+SHAPE = (16, 20, 16)
+
+
+@pytest.fixture
+def dataset(subjects_csv):
+    data = dict(pairs="", subjects=str(subjects_csv), shape=SHAPE, spacing=(1.0,) * 3, center="image", labels=())
     data |= dict(cohort_subjects=(0, 0, 0), evaluation_pairs=(1, 2), cache_dir="")
-    dataset = open_dataset(**data, seed=0, notify=print)
-    image = np.zeros((1, *data["shape"]))
+    return open_dataset(**data, seed=0, notify=print)
+
+
+def test_learn2reg_counts_images_as_they_were_and_labels_that_vanish(dataset, subjects_csv):
+    noise = np.random.default_rng(0).normal(0, 0.4, (*SHAPE, 3))
+    image = np.zeros((1, *SHAPE))
+
+    def row(displacement):
+        result = {"displacement": displacement[None], "warped": image[..., None], "warped_labels": image}
+        pairs = dataset.pairs["test"][:1]
+        return next(iter(measure(lambda *_: result, {}, dataset, pairs, (5, 5, 5), thorough=True)))[0]
+
+    assert np.isfinite(row(noise)["learn2reg_hd95_voxels"])
+    assert row(np.full_like(noise, 99))["learn2reg_hd95_voxels"] == np.inf
+    stored = nib.load(subjects_csv.parent / f"{row(noise)['moving']}.nii.gz")
+    raw = nib.as_closest_canonical(stored).get_fdata()
+    assert row(noise)["lumir_ndv_percent"] == metrics.ndv_percent(noise, raw > 0) > 0
+    assert ((dataset.arrays(dataset.pairs["test"][:1])["moving"][0, ..., 0] > 0) != (raw > 0)).any()
+
+
+def test_the_choice_of_a_grid_takes_time_too(dataset):
+    image = np.zeros((1, *SHAPE))
 
     def predict(params, batch, grid_size):
         return {"displacement": np.zeros((*image.shape, 3)), "warped": image[..., None], "warped_labels": image}

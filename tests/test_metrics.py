@@ -246,6 +246,11 @@ def test_learn2reg_tre_samples_cubically():
     assert metrics.tre_mm(landmark, landmark, displacement, (2, 1, 1)) == pytest.approx(2 * 0.005)
     outside = np.array([[31.0, 4, 4]])
     assert metrics.learn2reg_tre_mm(outside, outside, displacement, (2, 1, 1)) == 0
+    corner = np.array([[29.0, 0, 8]])
+    expected = metrics.learn2reg_tre_mm(corner, corner, displacement, (2, 1, 1))
+    assert expected == pytest.approx(2 * displacement[29, 0, 8, 0])
+    rounded = corner + [[1e-6, -1e-6, 1e-6]]
+    assert metrics.learn2reg_tre_mm(rounded, corner, displacement, (2, 1, 1)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_learn2reg_sd_log_jacobian():

@@ -18,7 +18,7 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.rng import generator
 
 # Part of every cache key: raise it with every change of what `subject` computes.
-VERSION = 3
+VERSION = 4
 SHAPE = (80, 96, 80)
 SPACING_MM = 2
 LABELS = {1: "grey matter", 2: "white matter"}
@@ -132,6 +132,7 @@ def subject(index: int, *, seed: int) -> tuple[Prepared, np.ndarray]:
     prepared = Prepared(
         image=normalise(np.maximum(image, 0).astype(np.float32)),
         known=np.ones(SHAPE, bool),
+        above_zero=image > 0,
         labels=labels.astype(np.int32),
         affine=template.affine,
     )

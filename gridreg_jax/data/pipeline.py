@@ -303,6 +303,6 @@ def _cohort_source(seed: int, index: int, cache_dir: Path) -> Source:
 
     def load() -> Prepared:
         stored = arrays()
-        return Prepared(**{name: stored[name] for name in ("image", "known", "labels", "affine")})
+        return Prepared(**{name: stored[name] for name in ("image", "known", "above_zero", "labels", "affine")})
 
     return Source(f"subject{index:02d}", load, lambda: dict(enumerate(arrays()["landmarks"])))

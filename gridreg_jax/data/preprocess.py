@@ -20,7 +20,7 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.files import replacing
 
 # Part of every cache key: raise it with every change of what `prepare` computes.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 CENTERS = ("mass", "image")
 
@@ -56,12 +56,14 @@ class Prepared:
     Attributes:
       image: intensities in [0, 1]; 0 outside the field of view.
       known: which voxels lie in the field of view.
+      above_zero: which had intensities above 0 (at the nearest voxel) before they were normalised.
       labels: on the same lattice, or None.
       affine: voxel of the lattice -> RAS mm.
     """
 
     image: Float32[np.ndarray, "X Y Z"]
     known: Bool[np.ndarray, "X Y Z"]
+    above_zero: Bool[np.ndarray, "X Y Z"]
     labels: Int32[np.ndarray, "X Y Z"] | None
     affine: Float[np.ndarray, "4 4"]
 
@@ -162,7 +164,9 @@ def place(volume: Volume, lattice: Lattice) -> Prepared:
             f"{volume.path}: nothing of the image lies on the lattice of {lattice.shape} voxels of {lattice.spacing} "
             f"mm (center '{lattice.center}'): a larger lattice or another center is needed"
         )
-    return Prepared(image, field_of_view(volume, affine, lattice.shape), None, affine)
+    positive = dataclasses.replace(volume, array=(volume.array > 0).astype(np.int32))
+    above_zero = resample(positive, affine, lattice.shape, labels=True) != 0
+    return Prepared(image, field_of_view(volume, affine, lattice.shape), above_zero, None, affine)
 
 
 def prepare(
@@ -246,15 +250,15 @@ def _cache_key(image_path: str | Path, lattice: Lattice, labels_path: str | Path
 
 
 def _cache_files(entry: Path, *, with_labels: bool) -> dict[str, Path]:
-    names = ["image", "known", "affine"] + ["labels"] * with_labels
+    names = ["image", "known", "above_zero", "affine"] + ["labels"] * with_labels
     return {name: entry.with_name(f"{entry.name}-{name}.npy") for name in names}
 
 
 def _read_cache(entry: Path, lattice: Lattice, *, with_labels: bool) -> Prepared | None:
     """What was written before, or None when it is missing or damaged."""
     shape = tuple(lattice.shape)
-    expected = {"image": (shape, np.float32), "known": (shape, np.bool_), "labels": (shape, np.int32)}
-    expected["affine"] = (4, 4), np.float64
+    expected = {"image": (shape, np.float32), "known": (shape, np.bool_), "above_zero": (shape, np.bool_)}
+    expected |= {"labels": (shape, np.int32), "affine": ((4, 4), np.float64)}
     arrays = {"labels": None}
     for name, path in _cache_files(entry, with_labels=with_labels).items():
         with contextlib.suppress(OSError, EOFError, ValueError):

@@ -355,7 +355,7 @@ def test_cache_may_be_filled_by_several_at_once(files, tmp_path):
         results = list(pool.map(lambda _: prepare(files[0], LATTICE, cache_dir=tmp_path / "cache"), range(8)))
     for result in results:
         assert_same(result, results[0])
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
 def test_cache_still_names_a_missing_file(tmp_path):
