@@ -1,4 +1,4 @@
-"""The program `gridreg`: register two images, apply a transform, look into one."""
+"""The program `gridreg`: register two images, apply a transform, write it in another format, look into one."""
 
 import argparse
 import functools
@@ -78,6 +78,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--reference", metavar="FILE", help="image whose lattice the result has (not for points)")
     command.add_argument("--out", required=True, metavar="FILE", help="the result")
     command.set_defaults(run=_apply)
+
+    command = commands.add_parser("convert", help="write a transform in another format", description=_convert.__doc__)
+    command.add_argument("transform", metavar="FILE", help=TRANSFORM)
+    command.add_argument("--out", required=True, metavar="FILE", help=f"the result: {TRANSFORM}")
+    command.add_argument("--inverse", action="store_true", help="write what leads back")
+    command.add_argument(
+        "--reference",
+        metavar="FILE",
+        help="image whose lattice a displacement has; of an inverse, the moving image that the transform is for",
+    )
+    command.set_defaults(run=_convert)
 
     command = commands.add_parser("inspect", help="look into a transform", description=_inspect.__doc__)
     command.add_argument("transform", metavar="FILE", help=TRANSFORM)
@@ -199,6 +210,40 @@ def _apply(options: argparse.Namespace) -> None:
     matrix = np.linalg.inv(volume.affine) @ reference.affine
     warped = pull(volume, displacement, matrix, labels=bool(options.labels))
     nifti.save(options.out, *nifti.as_stored(warped, reference))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    """Write a transform or its inverse in the format that the name of the result ends in."""
+    import numpy as np
+
+    from gridreg_jax.data import nifti
+    from gridreg_jax.export import itk
+    from gridreg_jax.export.inverse import invert
+
+    dense = (".nii", ".nii.gz")
+    itk.check_suffix(options.out, *dense)
+    transforms = itk.read(options.transform)
+    search = options.inverse and any(transform.type != itk.AFFINE for transform in transforms)
+    if search or options.out.endswith(dense):
+        if not options.reference:
+            side = ", in the moving image's space" if options.inverse else ""
+            raise InputError(f"--reference is missing: the image whose lattice the displacement has{side}")
+        reference = nifti.load_image(options.reference, placed=True, constant=True)
+        nifti.check_right_angles(reference)
+        shape, affine = reference.array.shape, reference.affine
+    if search:
+        inverse, errors = invert(transforms, shape, affine)
+        transforms = [inverse]
+        print(errors)
+        for warning in errors.warnings():
+            print(f"warning: {warning}", file=sys.stderr)
+    elif options.inverse:
+        transforms = [itk.affine_transform(np.linalg.inv(itk.affine_matrix(transforms)))]
+    if not options.out.endswith(dense):
+        itk.write(options.out, transforms)
+        return
+    displacement_mm = itk.displacement(transforms, shape, affine) @ affine[:3, :3].T.astype(np.float32)
+    itk.save_displacement(options.out, *nifti.as_stored(displacement_mm, reference))
 
 
 def _inspect(options: argparse.Namespace) -> None:

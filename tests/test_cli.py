@@ -156,6 +156,7 @@ def test_what_is_undefined_is_none():
 
 
 PAIR = "register --fixed fixed.nii.gz --moving moving.nii.gz --out out"
+CONVERT = "convert spline.tfm --out"
 APPLY = "apply --transform spline.tfm --out out.nii.gz"
 NO_PLACE = "nowhere.nii.gz: its header has no affine"
 MISTAKES = {
@@ -208,6 +209,13 @@ MISTAKES = {
     "labels of no place": (f"{APPLY} --labels nowhere.nii.gz --reference fixed.nii.gz", NO_PLACE),
     "a reference of no place": (f"{APPLY} --image fixed.nii.gz --reference nowhere.nii.gz", NO_PLACE),
     "a slanted reference": (f"{APPLY} --image fixed.nii.gz --reference slanted.nii.gz", "slanted.nii.gz: its axes are"),
+    "a result of no known kind": (f"{CONVERT} out.xfm", "out.xfm: a transform ends in .tfm, .txt, .*or .nii.gz"),
+    "a displacement on no lattice": (f"{CONVERT} out.nii.gz", "--reference is missing: the image whose lattice"),
+    "an inverse on no lattice": (f"{CONVERT} out.tfm --inverse", "--reference is missing: .* in the moving image's sp"),
+    "a lattice of no place": (f"{CONVERT} out.nii.gz --reference nowhere.nii.gz", NO_PLACE),
+    "a slanted lattice": (f"{CONVERT} out.tfm --inverse --reference slanted.nii.gz", "slanted.nii.gz: its axes are"),
+    "more than a file can hold": (f"{CONVERT} out.mat", "out.mat: a .mat file holds one transform, and these 2"),
+    "a transform below a file": (f"{CONVERT} a_file/out.tfm", "a_file/out.tfm: cannot be written"),
     "nothing to apply to": ("apply --transform spline.tfm --out out.nii.gz", "one of the arguments --image"),
 }
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Array, Float, Float32, Float64, Num
+from jaxtyping import Array, Bool, Float, Float32, Float64, Num
 from scipy import ndimage
 
 from gridreg_jax import geometry
@@ -133,6 +133,31 @@ def affine_transform(matrix: Num[np.ndarray, "4 4"]) -> ItkTransform:
     return ItkTransform(AFFINE, np.r_[linear.ravel(), FLIP * matrix[:3, 3]], np.zeros(3))
 
 
+def dense_field(displacement_mm: Float[np.ndarray, "X Y Z 3"], affine: Num[np.ndarray, "4 4"]) -> ItkTransform:
+    """A displacement at the voxels of a lattice as ITK's displacement field.
+
+    Args:
+      displacement_mm: RAS mm.
+      affine: voxels of the lattice -> RAS mm.
+    """
+    parameters = np.moveaxis(np.asarray(displacement_mm, np.float64) * FLIP, -1, 0).ravel(order="F")
+    return ItkTransform(FIELD, parameters, _geometry(displacement_mm.shape[:3], affine))
+
+
+def affine_matrix(transforms: Sequence[ItkTransform]) -> Float64[np.ndarray, "4 4"]:
+    """The map of affine transforms, RAS mm -> RAS mm; of several, the last is applied first.
+
+    Raises:
+      InputError: as for `understood`.
+    """
+    matrix, flip = np.eye(4), np.diag([*FLIP, 1.0])
+    for transform in map(understood, transforms):
+        linear, center = transform.parameters[:9].reshape(3, 3), transform.fixed_parameters
+        offset = center + transform.parameters[9:] - linear @ center
+        matrix = matrix @ np.vstack([np.c_[linear, offset], [0, 0, 0, 1]])
+    return flip @ matrix @ flip
+
+
 def apply(transforms: Sequence[ItkTransform], points_mm: Float[np.ndarray, "P 3"]) -> Float64[np.ndarray, "P 3"]:
     """Where ITK takes points of the fixed image: RAS mm -> RAS mm. The last transform is applied first.
 
@@ -148,6 +173,18 @@ def _apply(transforms: Sequence[ItkTransform], points_mm: Float[np.ndarray, "P 3
     for transform in reversed(transforms):
         points = _affine_map(transform, points) if transform.type == AFFINE else _grid_map(transform, points)
     return points * FLIP
+
+
+def continued_displacement(
+    transform: ItkTransform, points_mm: Float[np.ndarray, "P 3"]
+) -> Float64[np.ndarray, "P 3"]:
+    """Displacement of a grid (understood) at points, RAS mm; outside its domain that of the nearest point inside."""
+    return _sampled(transform, points_mm * FLIP)[0] * FLIP
+
+
+def in_domain(transform: ItkTransform, points_mm: Float[np.ndarray, "P 3"]) -> Bool[np.ndarray, " P"]:
+    """Whether points (RAS mm) lie in the domain of a grid (understood), outside of which it moves nothing."""
+    return _index(transform, points_mm * FLIP)[1]
 
 
 def displacement(
@@ -190,8 +227,8 @@ def write_tfm(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
     for number, transform in enumerate(_with_composite(transforms)):
         lines += [f"#Transform {number}", f"Transform: {transform.type}"]
         if transform.type != COMPOSITE:
-            lines.append("Parameters: " + " ".join(map(repr, transform.parameters.tolist())))
-            lines.append("FixedParameters: " + " ".join(map(repr, transform.fixed_parameters.tolist())))
+            lines.append(f"Parameters: {_decimals(transform.parameters)}")
+            lines.append(f"FixedParameters: {_decimals(transform.fixed_parameters)}")
     path = _checked(path, ".tfm", ".txt")
     _store(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
 
@@ -232,6 +269,32 @@ def write_h5(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
     _store(_checked(path, ".h5", ".hdf5"), write)
 
 
+def write(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
+    """Writes `.tfm`, `.txt`, `.mat`, `.h5` or `.hdf5`, by the suffix. In a `.mat` several affine transforms become one.
+
+    Raises:
+      InputError: as for `check_suffix`; several transforms for a `.mat`, of which one is not affine; else as for
+        `write_tfm`, `write_mat` and `write_h5`.
+    """
+    check_suffix(path)
+    match Path(path).suffix:
+        case ".mat":
+            write_mat(path, _as_one(path, transforms))
+        case ".h5" | ".hdf5":
+            write_h5(path, transforms)
+        case _:
+            write_tfm(path, transforms)
+
+
+def check_suffix(path: str | Path, *others: str) -> None:
+    """Raises `InputError` unless a path has a suffix for `write` or one of the others, and h5py is there if needed."""
+    suffixes = (".tfm", ".txt", ".mat", ".h5", ".hdf5", *others)
+    if not str(path).endswith(suffixes):
+        raise InputError(f"{path}: a transform ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
+    if str(path).endswith((".h5", ".hdf5")):
+        _h5py()
+
+
 def read(path: str | Path) -> list[ItkTransform]:
     """The transforms of a file of any of these formats, by its suffix, as `understood` gives them; one at least.
 
@@ -256,9 +319,7 @@ def _transforms_in(path: str | Path) -> list[ItkTransform]:
     if not name.endswith((".nii", ".nii.gz")):
         raise InputError(f"{path}: a transform ends in .tfm, .txt, .mat, .h5, .hdf5, .nii or .nii.gz")
     displacement_mm, affine = load_displacement(path)
-    parameters = np.moveaxis(displacement_mm * FLIP, -1, 0).ravel(order="F")
-    geometry_of_field = _geometry(displacement_mm.shape[:3], affine)
-    return [ItkTransform(FIELD, parameters, geometry_of_field)]
+    return [dense_field(displacement_mm, affine)]
 
 
 def understood(transform: ItkTransform) -> ItkTransform:
@@ -477,11 +538,23 @@ def _affine_map(transform: ItkTransform, points: Float64[np.ndarray, "P 3"]) -> 
 
 
 def _grid_map(transform: ItkTransform, points: Float64[np.ndarray, "P 3"]) -> Float64[np.ndarray, "P 3"]:
+    displacement, inside = _sampled(transform, points)
+    return points + np.where(inside[:, None], displacement, 0)
+
+
+def _sampled(transform: ItkTransform, points: Float64[np.ndarray, "P 3"]):
+    """Displacement (LPS mm) of a grid at the nearest points of its domain, and whether the points lie there."""
+    values, _, _ = _grid(transform)
+    index, inside = _index(transform, points)
+    interpolation = _interpolation(ORDERS[transform.type])
+    return np.stack([ndimage.map_coordinates(part, index.T, **interpolation) for part in values], axis=1), inside
+
+
+def _index(transform: ItkTransform, points: Float64[np.ndarray, "P 3"]):
+    """Index of a grid (`P 3`) at points (LPS mm), as near as its domain reaches, and whether the points lie there."""
     values, linear, origin = _grid(transform)
-    order = ORDERS[transform.type]
-    index, inside = _clipped((points - origin) @ linear.T, np.array(values.shape[1:]), order)
-    displacement = [ndimage.map_coordinates(part, index.T, **_interpolation(order)) for part in values]
-    return points + np.where(inside.all(axis=1)[:, None], np.stack(displacement, axis=1), 0)
+    index, inside = _clipped((points - origin) @ linear.T, np.array(values.shape[1:]), ORDERS[transform.type])
+    return index, inside.all(axis=1)
 
 
 def _on_lattice(
@@ -531,12 +604,31 @@ def _interpolation(order: int) -> dict:
     return {"order": order, "prefilter": False, "mode": "nearest"}
 
 
+def _as_one(path: str | Path, transforms: Sequence[ItkTransform]) -> ItkTransform:
+    """What a file that holds one transform can hold of several."""
+    first, *others = _with_composite(transforms)
+    if not others:
+        return first
+    if any(understood(transform).type != AFFINE for transform in transforms):
+        raise InputError(
+            f"{path}: a .mat file holds one transform, and these {len(transforms)} are not all affine: write them as "
+            ".tfm, .txt or .h5"
+        )
+    return affine_transform(affine_matrix(transforms))
+
+
 def _with_composite(transforms: Sequence[ItkTransform]) -> list[ItkTransform]:
     """What a file lists: several transforms are those of a composite, whose own entry comes first."""
     if not transforms:
         raise InputError("there is no transform to write")
     head = [ItkTransform(COMPOSITE, np.zeros(0), np.zeros(0))] if len(transforms) > 1 else []
     return [*head, *transforms]
+
+
+def _decimals(values: Float64[np.ndarray, " P"]) -> str:
+    """All digits of some numbers; a part at a time, as a dense field has tens of millions."""
+    parts = np.array_split(values, values.size // SLAB + 1)
+    return " ".join(" ".join(map(repr, part.tolist())) for part in parts)
 
 
 def _checked(path: str | Path, *suffixes: str) -> Path:

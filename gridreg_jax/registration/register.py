@@ -18,6 +18,7 @@ from gridreg_jax.data.nifti import Source, Volume, corner_to_corner
 from gridreg_jax.data.preprocess import field_of_view, normalise, resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.export import itk
+from gridreg_jax.export.inverse import points_back
 from gridreg_jax.programs import stored
 from gridreg_jax.registration import affine as affine_start
 from gridreg_jax.registration import deformable
@@ -29,9 +30,9 @@ from gridreg_jax.transforms.warp import identity_grid, sample, warp_labels
 
 # Voxels that are sampled at a time.
 SLAB = 2_000_000
-# Of the search for the inverse: coarse, or for single points; and the share of each step that is taken. Whole steps
-# diverge where u stretches most.
-INVERSE_ITERATIONS, POINT_ITERATIONS, RELAXATION = 12, 100, 0.7
+# Of the coarse search for the inverse, and the share of each step that is taken. Whole steps diverge where u stretches
+# most.
+INVERSE_ITERATIONS, RELAXATION = 12, 0.7
 # Of its end on the moving lattice, where large images have little time: voxels times iterations; at least and at most
 # so many of these. They cannot go far astray, and are to bring most of it.
 FINISHING_VOXELS, FINISHING_ITERATIONS, FINISHING_RELAXATION = 20_000_000, (2, 10), 0.9
@@ -119,15 +120,7 @@ class Registration:
 
     def map_points_back(self, points_mm: Float[np.ndarray, "P 3"]) -> Float[np.ndarray, "P 3"]:
         """Where the inverse takes points of the moving image: RAS mm -> RAS mm of the fixed image."""
-        spline = self.transforms[1:]
-        straight = geometry.voxel_to_world(points_mm, np.linalg.inv(self.matrix))
-        found = straight
-        for _ in range(POINT_ITERATIONS):
-            step = RELAXATION * (straight - itk.apply(spline, found))
-            found = found + step
-            if np.abs(step).max(initial=0) < 1e-5:
-                break
-        return found
+        return points_back(self.transforms, points_mm)
 
     def warp(self, volume: Source | Volume, *, labels: bool = False) -> Num[np.ndarray, "x y z"]:
         """A volume in the moving image's space, on the fixed lattice. Read once, from its own voxels.
