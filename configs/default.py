@@ -25,7 +25,8 @@ def get_config() -> ConfigDict:
     config.model.tokens = 8  # with global attention, tokens an axis
     config.model.interpolator = "bspline"  # "trilinear", "gaussian"
     config.model.bound = 0.0  # largest displacement of a control point in half lattices; 0: free
-    config.model.bayesian = False  # True: also predict the uncertainty of every control point
+    config.model.bayesian = False  # True: also give the uncertainty of every control point
+    config.model.variance = "observed"  # where that comes from; the paper's: "predicted"
     config.model.contrast_window = 9  # voxels an axis; intensities are normalised locally before the encoder
     config.model.segmenter = 0  # features of a network that predicts the labels of each image by itself; 0: none
     config.model.precision = "float32"  # of the encoder; "bfloat16" on accelerators
@@ -95,6 +96,7 @@ def get_config() -> ConfigDict:
 def paper(config: ConfigDict, *, training_pairs: int) -> ConfigDict:
     """Set network, losses and optimiser of the paper (sections 3 and 4.3), for a lattice that is already set."""
     config.model.products = False
+    config.model.variance = "predicted"
     config.model.interpolator = "trilinear"
     config.model.bound = 1.0
     config.model.contrast_window = 0

@@ -49,8 +49,10 @@ class GridReg(nn.Module):
       interpolator: "trilinear", "bspline" or "gaussian".
       bound: largest displacement that one run of the network gives a control point, in half lattices (the paper's tanh
         has 1); 0: free.
-      bayesian: also predict the log variance of every control point (paper, section 3.2, Bayesian grid transformer):
-        what the images say it is where the map leaves them (`_observed_variance`), on a scale that training finds.
+      bayesian: also give the log variance of every control point (paper, section 3.2, Bayesian grid transformer).
+      variance: where that comes from: "observed", what the images say it is where the map leaves them
+        (`_observed_variance`), on a scale that training finds; or "predicted" from the features of the control point,
+        as in the paper.
       contrast_window: voxels an axis (odd) of the box in which intensities are normalised before the encoder; 0: none.
       iterations: how often the network runs, each time on the moving image as it is warped so far; the control grids
         add up, so the map stays one control grid. 1 is the paper's network; more is an addition of this library. In
@@ -78,6 +80,7 @@ class GridReg(nn.Module):
     interpolator: str = "trilinear"
     bound: float = 0.0
     bayesian: bool = False
+    variance: str = "observed"
     iterations: int = 1
     contrast_window: int = 0
     segmenter: int = 0
@@ -124,7 +127,8 @@ class GridReg(nn.Module):
             found_so_far = jax.lax.stop_gradient(found)
             channels = list(jnp.moveaxis(seen[1], -1, 0))
             warped = warp_by_grid(channels, found_so_far, shape, method=self.interpolator)
-            return found + network(seen[0], jnp.stack(warped, axis=-1), grid_size)
+            change, state = network(seen[0], jnp.stack(warped, axis=-1), grid_size)
+            return found + change, state
 
         control_grid = jnp.zeros((fixed.shape[0], *grid_size, 3), fixed.dtype)
         if train and self.iterations > 1:
@@ -135,25 +139,29 @@ class GridReg(nn.Module):
             def given(fixed, warped, grid_size):
                 return once.apply(params, fixed, warped, grid_size, method="_run")
 
-            control_grid = jax.lax.fori_loop(0, before, lambda _, found: run(found, given), control_grid)
-            control_grid = run(control_grid, self._run)
+            control_grid = jax.lax.fori_loop(0, before, lambda _, found: run(found, given)[0], control_grid)
+            control_grid, state = run(control_grid, self._run)
         elif self.iterations == 1:
-            control_grid = self._run(*seen, grid_size)
+            control_grid, state = self._run(*seen, grid_size)
         else:
             # A scan with shared weights: the network is compiled once, however often it runs.
             repeated = nn.scan(
-                lambda model, found, _: (run(found, model._run), None),
+                lambda model, found, _: run(found, model._run),
                 variable_broadcast="params",
                 split_rngs={"params": False},
                 length=self.iterations,
             )
-            control_grid, _ = repeated(self, control_grid, None)
+            control_grid, states = repeated(self, control_grid, None)
+            state = states[-1]
         displacement = interpolate(control_grid, shape, method=self.interpolator)
         log_variance = variance = None
         if self.bayesian:
-            warped = warp(moving, jax.lax.stop_gradient(displacement))
-            observed = jnp.log(self._observed_variance(fixed, warped, grid_size))
-            log_variance = observed + self.param("log_variance", nn.initializers.zeros_init(), (3,))
+            if self.variance == "predicted":
+                log_variance = nn.Dense(3, kernel_init=nn.initializers.zeros_init(), name="variance_head")(state)
+            else:
+                warped = warp(moving, jax.lax.stop_gradient(displacement))
+                observed = jnp.log(self._observed_variance(fixed, warped, grid_size))
+                log_variance = observed + self.param("log_variance", nn.initializers.zeros_init(), (3,))
             variance = interpolate_variance(jnp.exp(log_variance), shape, method=self.interpolator)
         return Prediction(
             displacement=displacement,
@@ -175,14 +183,16 @@ class GridReg(nn.Module):
                     raise InputError(f"model.{name} is {getattr(self, name)}: give {least} or more")
         if self.contrast_window and self.contrast_window % 2 == 0:
             raise InputError(f"model.contrast_window is {self.contrast_window}: give an odd number of voxels, or 0")
-        if self.precision not in ("float32", "bfloat16"):
-            raise InputError(f"model.precision is {self.precision!r}: give 'float32' or 'bfloat16'")
+        for name, (one, other) in (("precision", ("float32", "bfloat16")), ("variance", ("observed", "predicted"))):
+            if getattr(self, name) not in (one, other):
+                raise InputError(f"model.{name} is {getattr(self, name)!r}: give {one!r} or {other!r}")
         if len(set(self.skips)) < len(self.skips) or not all(0 <= level for level in self.skips):
             raise InputError(f"model.skips is {self.skips}: give levels of the encoder, from 0, each once")
 
     @nn.compact
-    def _run(self, fixed, moving, grid_size) -> Float[Array, "N gx gy gz 3"]:
-        """One run of the network: control grid of the map from fixed to moving, images with maps of labels behind."""
+    def _run(self, fixed, moving, grid_size) -> tuple[Float[Array, "N gx gy gz 3"], Float[Array, "N gx gy gz C"]]:
+        """One run of the network: control grid of the map from fixed to moving, images with maps of labels behind; and
+        the features of its points."""
         shape = fixed.shape[1:4]
         images = jnp.concatenate([fixed[..., :1], moving[..., :1]], axis=-1)
         if self.contrast_window:
@@ -198,7 +208,7 @@ class GridReg(nn.Module):
         head = nn.Dense(3, kernel_init=nn.initializers.zeros_init(), name="head")(state)
         if self.bound:
             head = self.bound * jnp.tanh(head / self.bound)
-        return head * jnp.asarray([(size - 1) / 2 for size in shape], head.dtype)
+        return head * jnp.asarray([(size - 1) / 2 for size in shape], head.dtype), state
 
     def _observed_variance(self, fixed, warped, grid_size) -> Float[Array, "N gx gy gz 1"]:
         """Variance (squared voxels) of a component of the displacement around every control point, from the images.

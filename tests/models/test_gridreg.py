@@ -371,6 +371,23 @@ def test_the_bayesian_head_leaves_the_mean_alone_and_its_variance_reaches_the_vo
     np.testing.assert_allclose(bayesian.variance, expected, rtol=1e-4)
 
 
+def test_a_predicted_variance_starts_alike_everywhere_and_follows_the_features():
+    fields = TINY | dict(interpolator="bspline", iterations=2)
+    bayesian = build("gridreg", **fields, bayesian=True, variance="predicted")
+    start, params = bayesian.init_with_output(jax.random.key(0), *images(), grid_size=(5, 4, 6))
+    np.testing.assert_array_equal(start.log_variance, 0)
+    head = params["params"]["variance_head"]
+    head["kernel"] = head["kernel"].at[0].set(jnp.arange(3.0))
+    found = bayesian.apply(params, *images(), grid_size=(5, 4, 6))
+    plain = build("gridreg", **fields).apply(params, *images(), grid_size=(5, 4, 6))
+    np.testing.assert_allclose(found.control_grid, plain.control_grid, atol=1e-6)
+    # One of the features: not at all, once and twice.
+    assert not found.log_variance[..., 0].any() and found.log_variance[..., 1].std() > 1e-3
+    np.testing.assert_allclose(found.log_variance[..., 2], 2 * found.log_variance[..., 1], rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="model.variance is 'guessed': give 'observed' or 'predicted'"):
+        build("gridreg", **TINY, variance="guessed").apply(params, *images(), grid_size=(5, 4, 6))
+
+
 def test_the_variance_of_the_bayesian_head_starts_at_what_the_images_say():
     """A texture and its shift by (0.3, 0.2, 0.1) voxels: the mean square of the three, wherever one looks."""
     shape, shift = (40, 40, 40), (0.3, 0.2, 0.1)
