@@ -230,10 +230,13 @@ def _sample_channel_forward(volume, *coordinates):
 
 def _sample_channel_backward(residuals, gradient):
     volume, coordinates = residuals
-    # The corners are gathered again for each derivative, which is cheaper than keeping them. In a loop: unrolled, XLA
-    # would find that the derivatives share them, and keep them.
+    # The corners are gathered again, which is cheaper than keeping them. On the CPU for each derivative, in a loop:
+    # unrolled, XLA would find that the derivatives share them, and keep them.
     derivatives = [lambda axis=axis: gradient * _trilinear(volume, coordinates, axis) for axis in range(3)]
-    slopes = jax.lax.map(lambda axis: jax.lax.switch(axis, derivatives), jnp.arange(3))
+    slopes = jax.lax.platform_dependent(
+        cpu=lambda: jax.lax.map(lambda axis: jax.lax.switch(axis, derivatives), jnp.arange(3)),
+        default=lambda: jnp.stack([derivative() for derivative in derivatives]),
+    )
     (d_volume,) = jax.vjp(lambda volume: _trilinear(volume, coordinates), volume)[1](gradient)
     return d_volume, *(slope.astype(c.dtype) for slope, c in zip(slopes, coordinates, strict=True))
 

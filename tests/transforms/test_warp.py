@@ -53,6 +53,14 @@ def test_agrees_with_scipy(scale):
     np.testing.assert_allclose(warp(volume, displacement), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("platform", "loops"), [("cpu", 1), ("cuda", 0), ("tpu", 0)])
+def test_the_gradient_is_a_loop_on_the_cpu_alone(platform, loops):
+    slope = jax.jit(jax.grad(lambda displacement, volume: warping.warp(volume, displacement).sum()))
+    shapes = [jax.ShapeDtypeStruct((1, *SHAPE, channels), jnp.float32) for channels in (3, 1)]
+    program = jax.export.export(slope, platforms=[platform])(*shapes).mlir_module()
+    assert program.count("stablehlo.while") == loops
+
+
 def test_a_lattice_may_begin_elsewhere():
     volume, zero = random_volume(), jnp.zeros((2, 4, 5, 6, 3))
     np.testing.assert_array_equal(warping.warp(jnp.asarray(volume), zero, origin=(3, 2, 1)), volume[:, 3:7, 2:7, 1:])
