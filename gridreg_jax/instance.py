@@ -123,7 +123,7 @@ def refine(
     moving: Float[Array, "N x y z 1"],
     **options,
 ) -> Float[Array, "N gx gy gz 3"]:
-    """The control grid that `refine_recorded`, which says what the options are, finds near the start."""
+    """The control grid (voxels) that `refine_recorded` finds near the start; the options and their source are there."""
     return refine_recorded(control_grid, fixed, moving, from_start=True, **options)[0]
 
 
@@ -140,6 +140,8 @@ def descend(
 
     Returns:
       The parameters after the last step, and what was recorded before each step.
+
+    Source: Kingma & Ba, ICLR 2015; the cosine, Loshchilov & Hutter, ICLR 2017.
     """
     import optax  # Here, since whoever finds the program ready needs none of it.
 

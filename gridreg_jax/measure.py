@@ -14,6 +14,7 @@ from scipy import ndimage
 
 from gridreg_jax import metrics
 from gridreg_jax.data.pipeline import Dataset
+from gridreg_jax.errors import InputError
 from gridreg_jax.instance import refine
 from gridreg_jax.programs import compiler_options, stored
 from gridreg_jax.transforms.interpolation import interpolate
@@ -160,6 +161,11 @@ def coarsest_sufficient(
     Args:
       grid_sizes: candidates, in control points an axis.
       similarity: a loss of (fixed, warped), e.g. of `losses.SIMILARITIES`; a gain is how much a map lowers it.
+
+    Raises (what is returned does):
+      InputError: no grid's map has a similarity.
+
+    Source: written for this library; the paper chooses one grid for all cases, on validation (section 3.1).
     """
 
     def choose(batch):
@@ -168,6 +174,9 @@ def coarsest_sufficient(
         for size in candidates(grid_sizes):
             warped = predict(params, batch, size)["warped"]
             gains[size] = float(before - similarity(batch["fixed"], warped)[0])
+        gains = {size: gain for size, gain in gains.items() if np.isfinite(gain)}
+        if not gains:
+            raise InputError("the similarity is undefined at every grid size: the network predicts no map")
         best = max(gains.values())
         return min(size for size, gain in gains.items() if gain >= best - (1 - KEPT_GAIN) * abs(best))
 

@@ -24,7 +24,7 @@ Spacing = Iterable[SupportsFloat]
 
 
 def dice(fixed_labels: Labels, warped_labels: Labels, labels: Ids) -> dict[int, float]:
-    """Dice overlap `2 |A and B| / (|A| + |B|)` of each label; NaN for one absent from both maps.
+    """Dice overlap `2 |A and B| / (|A| + |B|)` of each label, without unit; NaN for one absent from both maps.
 
     Source: Dice, Ecology 1945.
     """
@@ -200,7 +200,7 @@ def learn2reg_sd_log_jacobian(displacement: Displacement, mask: Mask | None = No
     Much smaller than `sd_log_jacobian`, and blind to most folding: determinants above -3 have a logarithm. Arguments as
     there; NaN if no voxel is counted.
     """
-    determinant = _inside(_jacobian_determinant(displacement, rim=2), mask)
+    determinant = _inside(_jacobian_determinant(displacement, rim=2), mask, rim=2)
     return float(np.log(np.clip(determinant + 3, 1e-9, 1e9)).std()) if determinant.size else np.nan
 
 
@@ -275,11 +275,10 @@ def _percent(counted: np.ndarray) -> float:
     return 100 * float(np.mean(counted)) if counted.size else np.nan
 
 
-def _inside(values: Float[np.ndarray, "x y z"], mask: Mask | None) -> Float[np.ndarray, " V"]:
-    """The values, given some voxels off every face of the lattice, at the voxels of the mask."""
-    if mask is None:
+def _inside(values: Float[np.ndarray, "x y z"], mask: Mask | None, rim: int = 1) -> Float[np.ndarray, " V"]:
+    """The values, given `rim` voxels off every face of the lattice, at the voxels of the mask."""
+    if mask is None or not values.size:
         return values.ravel()
-    rim = (mask.shape[0] - values.shape[0]) // 2
     return values[mask[rim:-rim, rim:-rim, rim:-rim] != 0]
 
 

@@ -438,6 +438,7 @@ BAD_VALUES = {
     "similarity": (dict(loss__similarity="mes"), "loss.similarity: 'mes' is not known"),
     "grid similarity": (dict(loss__grid_similarity="mes"), "loss.grid_similarity: 'mes' is not known"),
     "refinement": (dict(refinement__steps=-1), "refinement.steps must be 0 or more, not -1"),
+    "seed": (dict(seed=-1), "seed must be 0 or more, not -1"),
     "samples": (dict(loss__samples=0), "loss.samples must be 1 or more, not 0"),
     "optimizer": (dict(optimizer__name="adm"), "optimizer.name: 'adm' is not known"),
     "model": (dict(model__name="gridreq"), "unknown model 'gridreq'"),

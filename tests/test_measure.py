@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from gridreg_jax import metrics
 from gridreg_jax.data.pipeline import open_dataset
+from gridreg_jax.errors import InputError
 from gridreg_jax.losses import mse
 from gridreg_jax.measure import candidates, coarsest_sufficient, make_predict, measure
 from gridreg_jax.models import Prediction
@@ -75,6 +76,19 @@ def test_the_choice_of_a_grid_takes_time_too(dataset):
     rows = [row for row, _ in measure(predict, {}, dataset, dataset.pairs["test"], choose)]
     assert [row["grid_size"] for row in rows] == ["5x5x5"] * 2
     assert all(row["seconds"] >= 0.2 for row in rows)
+
+
+def test_a_grid_without_a_similarity_is_not_chosen():
+    image = jnp.zeros((1, 4, 4, 4, 1))
+
+    def predict(params, batch, grid_size):
+        return {"warped": image + (jnp.nan if grid_size[0] == lost else 0.0)}
+
+    batch = {"fixed": image, "moving": image + 1}
+    lost = 5
+    assert coarsest_sufficient(predict, None, (5, 8, 10), mse)(batch) == (8, 8, 8)
+    with pytest.raises(InputError, match="undefined at every grid size"):
+        coarsest_sufficient(predict, None, (5,), mse)(batch)
 
 
 def test_a_size_that_is_drawn_more_often_is_one_candidate():

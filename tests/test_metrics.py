@@ -290,3 +290,4 @@ def test_nothing_to_count_is_nan():
         assert metric(displacement) == 0
         assert np.isnan(metric(displacement, np.zeros((6, 6, 6))))
         assert np.isnan(metric(displacement[:, :, :2]))
+        assert np.isnan(metric(displacement[:2], np.ones((2, 6, 6))))

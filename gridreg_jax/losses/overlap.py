@@ -48,7 +48,7 @@ def soft_dice(
 
 
 def one_hot(labels: Int[Array, "N X Y Z"], num_labels: int) -> list[Float[Array, "N X Y Z"]]:
-    """A map of ones and zeros for each of the ids 1..num_labels."""
+    """A map of ones and zeros (no unit) for each of the ids 1..num_labels, by definition."""
     return [(labels == label).astype(jnp.float32) for label in range(1, num_labels + 1)]
 
 
@@ -58,7 +58,7 @@ def soft_dice_of_maps(
     *,
     mask: Shaped[Array, "N X Y Z"] | None = None,
 ) -> Float[Array, " N"]:
-    """`soft_dice`, given the warped maps of the ids 1, 2, ..."""
+    """`soft_dice`, given the warped maps of the ids 1, 2, ...; no unit, and the same source."""
     agreeing, total = [], []
     for label, weighted in enumerate(warped, start=1):
         there = fixed_labels == label

@@ -71,7 +71,8 @@ def normalised_residual(
     al., ICCV 2009.
     """
     fixed, warped = (local_norm(image, 5) for image in (fixed, warped))
-    steepness = jnp.concatenate([jnp.gradient(fixed, axis=axis) ** 2 for axis in (1, 2, 3)], axis=-1)
+    slopes = [jnp.gradient(fixed, axis=axis) if fixed.shape[axis] > 1 else 0 * fixed for axis in (1, 2, 3)]
+    steepness = jnp.concatenate(slopes, axis=-1) ** 2
     return (fixed - warped) ** 2, steepness
 
 

@@ -175,7 +175,8 @@ class GridReg(nn.Module):
     def _check_fields(self) -> None:
         """Raise `InputError` for a field that no part below would name."""
         for names, least in (
-            (("width", "projection", "decoder", "heads", "tokens", "iterations"), 1),
+            (("tokens",), 2),
+            (("levels", "width", "projection", "decoder", "heads", "iterations"), 1),
             (("downsampled", "contrast_window", "segmenter", "bound"), 0),
         ):
             for name in names:
@@ -186,8 +187,8 @@ class GridReg(nn.Module):
         for name, (one, other) in (("precision", ("float32", "bfloat16")), ("variance", ("observed", "predicted"))):
             if getattr(self, name) not in (one, other):
                 raise InputError(f"model.{name} is {getattr(self, name)!r}: give {one!r} or {other!r}")
-        if len(set(self.skips)) < len(self.skips) or not all(0 <= level for level in self.skips):
-            raise InputError(f"model.skips is {self.skips}: give levels of the encoder, from 0, each once")
+        if len(set(self.skips)) < len(self.skips) or not all(0 <= level < self.levels for level in self.skips):
+            raise InputError(f"model.skips is {self.skips}: give levels from 0 to {self.levels - 1}, each once")
 
     @nn.compact
     def _run(self, fixed, moving, grid_size) -> tuple[Float[Array, "N gx gy gz 3"], Float[Array, "N gx gy gz C"]]:
@@ -200,7 +201,7 @@ class GridReg(nn.Module):
         images = jnp.concatenate([images, fixed[..., 1:], moving[..., 1:]], axis=-1)
         fields = dict(levels=self.levels, width=self.width, downsampled=self.downsampled)
         encoder = build_encoder(self.encoder, **fields, name="encoder")
-        pyramid = encoder(images.astype(self.precision))
+        pyramid = self._checked(encoder(images.astype(self.precision)))
         pyramid = [level._replace(features=level.features.astype(jnp.float32)) for level in pyramid]
         state = self._decode(pyramid, grid_size, shape)
 
@@ -209,6 +210,16 @@ class GridReg(nn.Module):
         if self.bound:
             head = self.bound * jnp.tanh(head / self.bound)
         return head * jnp.asarray([(size - 1) / 2 for size in shape], head.dtype), state
+
+    def _checked(self, pyramid):
+        """What an encoder gave, if it is a pyramid: it may come from elsewhere."""
+        maps = isinstance(pyramid, Sequence) and all(isinstance(level, FeatureMap) for level in pyramid)
+        if not maps or len(pyramid) < self.levels or any(level.features.ndim != 5 for level in pyramid):
+            raise InputError(
+                f"model.encoder: {self.encoder!r} must give {self.levels} of `layers.FeatureMap`, fine to coarse, "
+                "with features [N, x, y, z, C]"
+            )
+        return pyramid
 
     def _observed_variance(self, fixed, warped, grid_size) -> Float[Array, "N gx gy gz 1"]:
         """Variance (squared voxels) of a component of the displacement around every control point, from the images.

@@ -66,7 +66,7 @@ def instance_norm(x: Float[Array, "N X Y Z C"], *, epsilon: float = 1e-5) -> Flo
 
 
 def pad_to_multiple(x: Float[Array, "N X Y Z C"], multiple: int) -> Float[Array, "N x y z C"]:
-    """Zeros at the far end of every axis, up to the next multiple."""
+    """Zeros at the far end of every axis, up to the next multiple (voxels); `crop` takes them away."""
     return jnp.pad(x, [(0, 0), *((0, -size % multiple) for size in x.shape[1:4]), (0, 0)])
 
 
@@ -88,11 +88,14 @@ def flow_of_half(
 
 
 class FeatureMap(NamedTuple):
-    """Features of one level and where they lie: feature i sits at voxel `origin + stride * i` on every axis."""
+    """Features of one level and where they lie: feature i sits at voxel `origin + stride * i` of the image.
+
+    Stride and origin (voxels) are those of every axis, or three, one an axis.
+    """
 
     features: Float[Array, "N x y z D"]
-    stride: int
-    origin: float = 0.0
+    stride: int | Sequence[int]
+    origin: float | Sequence[float] = 0.0
 
 
 class Encoder(nn.Module):
@@ -188,7 +191,8 @@ def feature_coordinates(
 
     In feature voxels. Source: where a `FeatureMap` says that its features lie.
     """
-    return [(points * (size - 1) - level.origin) / level.stride for points, size in zip(lattice, shape, strict=True)]
+    axes = zip(lattice, shape, np.broadcast_to(level.origin, 3), np.broadcast_to(level.stride, 3), strict=True)
+    return [(points * (size - 1) - origin) / stride for points, size, origin, stride in axes]
 
 
 def resample_features(

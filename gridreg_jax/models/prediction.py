@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 
 def label_probabilities(logits: Float[Array, "N X Y Z K"]) -> Float[Array, "N X Y Z L"]:
-    """Of the labels alone, from logarithms for the background (channel 0) and the labels."""
+    """Of the labels alone, from logarithms for the background (channel 0) and the labels, by a softmax; no unit."""
     return jax.nn.softmax(logits)[..., 1:]
 
 

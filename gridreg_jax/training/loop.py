@@ -173,8 +173,9 @@ def check_config(config: dict) -> None:
         raise InputError(f"loss.samples must be 1 or more, not {config['loss']['samples']}")
     if config["loss"]["keypoints"] and config["augmentation"]["elastic"]:
         raise InputError("loss.keypoints follows points through affine changes only: set augmentation.elastic to 0")
-    if config["refinement"]["steps"] < 0:
-        raise InputError(f"refinement.steps must be 0 or more, not {config['refinement']['steps']}")
+    for name, value in (("seed", config["seed"]), ("refinement.steps", config["refinement"]["steps"])):
+        if value < 0:
+            raise InputError(f"{name} must be 0 or more, not {value}")
     for name in ("steps", "val_every", "checkpoint_every"):
         if config[name] < 1:
             raise InputError(f"{name} must be 1 or more, not {config[name]}")

@@ -34,7 +34,7 @@ def hat_weights(size: int, places: Float64[np.ndarray, " P"]) -> Float64[np.ndar
 
 
 def trilinear_weights(grid_size: int, positions: Float64[np.ndarray, " P"]) -> Float64[np.ndarray, "P g"]:
-    """Hat functions of control points at `linspace(0, 1, grid_size)`; `grid_size >= 2`.
+    """Hat functions of control points at `linspace(0, 1, grid_size)`, without unit; `grid_size >= 2`.
 
     Source: Yan et al., Medical Physics 2026, section 3.2, item 1.
     """
@@ -202,7 +202,7 @@ def interpolate(
 def interpolate_at_controls(
     control_grid: Float[Array, "N gx gy gz C"], *, method: str = "trilinear"
 ) -> Float[Array, "N gx gy gz C"]:
-    """Values of the interpolated field where the control points sit (`control_positions`).
+    """Values of the interpolated field, in its unit, where the control points sit (`control_positions`).
 
     The control grid itself for trilinear; a smoothed one for bspline and gaussian, which do not pass through their
     control values. For similarities at grid level (Yan et al., Medical Physics 2026, section 3.3).

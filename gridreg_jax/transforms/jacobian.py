@@ -10,6 +10,8 @@ def determinant(dx: Float[Array, "*P 3"], dy: Float[Array, "*P 3"], dz: Float[Ar
 
     Args:
       dx, dy, dz: the columns of grad u: derivatives along axes 0, 1 and 2, component c last; no unit.
+
+    Source: the rule of Sarrus.
     """
     xx, yx, zx = dx[..., 0] + 1, dx[..., 1], dx[..., 2]
     xy, yy, zy = dy[..., 0], dy[..., 1] + 1, dy[..., 2]
@@ -25,6 +27,8 @@ def jacobian_determinant(displacement: Float[Array, "N X Y Z 3"]) -> Float[Array
 
     Raises:
       InputError: an axis has fewer than three voxels, hence no interior.
+
+    Source: Yan et al., Medical Physics 2026, section 4.4 (folding).
     """
     if min(displacement.shape[1:4]) < 3:
         raise InputError(f"central differences need 3 voxels an axis, not {displacement.shape[1:4]}")

@@ -18,7 +18,7 @@ SLAB = 2**16
 
 
 def identity_grid(shape: tuple[int, int, int]) -> Float[Array, "X Y Z 3"]:
-    """Voxel coordinates of every voxel of a lattice: `grid[i, j, k] = (i, j, k)`."""
+    """Voxel coordinates of every voxel of a lattice, by definition: `grid[i, j, k] = (i, j, k)`."""
     axes = [jnp.arange(size, dtype=jnp.float32) for size in shape]
     return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)
 
@@ -38,7 +38,9 @@ def corners(points: Float[Array, "*P 3"], shape: tuple[int, int, int]):
     """
     low, fraction = [], []
     for axis, size in enumerate(shape):
-        coordinate = jnp.clip(points[..., axis], 0, size - 1)
+        place = points[..., axis]
+        # Not `jnp.clip`, whose slope on the border is a half: a point there still moves its value.
+        coordinate = jnp.where(place < 0, 0, jnp.where(place > size - 1, size - 1, place))
         # The last cell is closed on both sides, so that its upper corner exists; a single slice has no cell.
         cell = jnp.clip(jnp.floor(coordinate), 0, max(size - 2, 0))
         low.append(cell.astype(jnp.int32))
@@ -275,7 +277,7 @@ def compose(outer: Float[Array, "N X Y Z 3"], inner: Float[Array, "N X Y Z 3"]) 
 
 
 def half_lattice(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Voxels an axis at half the resolution, rounded up."""
+    """Voxels an axis at half the resolution, rounded up, as convolutions of stride 2 have it."""
     return tuple(-(-size // 2) for size in shape)
 
 

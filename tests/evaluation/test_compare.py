@@ -12,6 +12,8 @@ TINY = {
     "model.levels": 4,
     "model.width": 4,
     "model.iterations": 1,
+    "model.segmenter": 0,
+    "refinement.steps": 0,
     "data.shape": (16, 20, 16),
     "data.evaluation_pairs": (1, 2),
     "grid_sizes": (5,),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from gridreg_jax.losses import segmentation_loss, soft_dice, soft_dice_of_probabilities
+from gridreg_jax.losses import FEW, segmentation_loss, soft_dice, soft_dice_of_probabilities
 
 NUM_LABELS = 4
 
@@ -33,6 +33,22 @@ def oracle(fixed, moving, displacement, mask=1.0):
 def loss(fixed, moving, displacement, **options):
     arrays = (jnp.asarray(fixed[None]), jnp.asarray(moving[None]), jnp.asarray(displacement[None], jnp.float32))
     return soft_dice(*arrays, num_labels=NUM_LABELS, **options)[0]
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, 2.0])
+def test_the_gradient_of_many_labels_is_that_of_few_on_the_border_too(shift):
+    """Both ways of warping; points on the border move their values as those inside do."""
+    fixed, moving, displacement = example()
+    arrays = jnp.asarray(fixed[None]), jnp.asarray(moving[None])
+
+    def slope(num_labels):
+        loss = lambda u: soft_dice(*arrays, u, num_labels=num_labels)[0]  # noqa: E731
+        return jax.grad(loss)(jnp.full((1, *displacement.shape), shift, jnp.float32))
+
+    assert NUM_LABELS == FEW
+    few, many = slope(NUM_LABELS), slope(NUM_LABELS + 1)
+    assert np.abs(few[:, 0]).max() > 0
+    np.testing.assert_allclose(many, few, atol=1e-6)
 
 
 def test_against_one_hot_maps():

@@ -199,6 +199,14 @@ def test_uncertainty_weighted_mse():
     assert float(found[0]) == pytest.approx(expected, rel=1e-4)
 
 
+def test_an_uncertain_displacement_across_a_single_slice_changes_nothing():
+    fixed, warped = (batch(image[:, :, :1]) for image in image_pair())
+    across = jnp.zeros((*fixed.shape[:4], 3)).at[..., 2].set(9.0)
+    found = [losses.uncertainty_weighted_mse(fixed, warped, variance) for variance in (across, 0 * across)]
+    np.testing.assert_array_equal(*found)
+    assert np.isfinite(found[0]).all()
+
+
 def test_the_likeliest_variance_is_the_squared_error_of_the_displacement():
     """An image displaced at random: the best constant variance is about the mean square of a component's error."""
     rng = np.random.default_rng(0)

@@ -9,12 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from scipy import ndimage
 
 from gridreg_jax.errors import InputError
-from gridreg_jax.models import build, describe
+from gridreg_jax.models import build, describe, layers
 from gridreg_jax.models.gridreg import DecoderLevel
-from gridreg_jax.models.layers import FREQUENCIES, CrossAttention, position_encoding, resample_features
+from gridreg_jax.models.layers import (
+    FREQUENCIES,
+    CrossAttention,
+    FeatureMap,
+    position_encoding,
+    resample_features,
+)
 from gridreg_jax.transforms.interpolation import INTERPOLATORS, axis_weights, control_positions
 from gridreg_jax.transforms.warp import warp
 
@@ -188,7 +195,7 @@ def test_a_grid_too_small_for_the_cubic_spline_is_refused():
     ("fields", "message"),
     [
         (dict(levels=10), "the encoder has 1 to 9 levels, not 10"),
-        (dict(levels=0), "the encoder has 1 to 9 levels, not 0"),
+        (dict(levels=0), "model.levels is 0: give 1 or more"),
         (dict(heads=3), "8 features cannot be shared by 3 heads"),
         (dict(window=4), r"the attention window must be odd \(or None\), not 4"),
         (dict(bound=-1.0), "model.bound is -1.0"),
@@ -197,8 +204,10 @@ def test_a_grid_too_small_for_the_cubic_spline_is_refused():
         (dict(downsampled=-2), "model.downsampled is -2: give 0 or more"),
         (dict(contrast_window=-3), "model.contrast_window is -3"),
         (dict(window=-1), r"the attention window must be odd \(or None\), not -1"),
-        (dict(skips=(2, 2)), r"model.skips is \(2, 2\): give levels of the encoder, from 0, each once"),
+        (dict(skips=(2, 2)), r"model.skips is \(2, 2\): give levels from 0 to 3, each once"),
         (dict(skips=(2, -1)), r"model.skips is \(2, -1\)"),
+        (dict(skips=(4, 2)), r"model.skips is \(4, 2\)"),
+        (dict(window=None, tokens=1), "model.tokens is 1: give 2 or more"),
         (dict(encoder=":Encoder"), "model.encoder: ':Encoder' cannot be used: Empty module name"),
         (dict(encoder="pooled", levels=6, downsampled=6), "level 4 of the encoder cannot halve .1, 1, 1. features"),
         (dict(encoder="strode"), "model.encoder: 'strode' is not known; known are strided, pooled"),
@@ -404,6 +413,30 @@ def test_the_variance_of_the_bayesian_head_starts_at_what_the_images_say():
     assert np.median(inner) == pytest.approx(np.mean(np.square(shift)), rel=0.3)
     same = predict(pair[0], pair[0])
     assert np.exp(same.log_variance).max() < 0.001
+
+
+class Odd(nn.Module):
+    """What an encoder should not give: `kind` of it."""
+
+    levels: int
+    width: int
+    downsampled: int
+    kind: str = ""
+
+    @nn.compact
+    def __call__(self, x):
+        features = x[:, ::2, ::2, ::2]
+        maps = [FeatureMap(features, 2)] * self.levels
+        return {"short": maps[1:], "arrays": [features] * self.levels, "flat": [FeatureMap(x[:, 0], 1)] * self.levels}[
+            self.kind
+        ]
+
+
+@pytest.mark.parametrize("kind", ["short", "arrays", "flat"])
+def test_what_is_no_pyramid_of_features_is_refused(kind, monkeypatch):
+    monkeypatch.setitem(layers.ENCODERS, "odd", functools.partial(Odd, kind=kind))
+    with pytest.raises(InputError, match=r"model.encoder: 'odd' must give 4 of `layers.FeatureMap`, fine to coarse"):
+        shapes_of_params(**TINY, encoder="odd")
 
 
 def test_the_encoder_of_the_documentation_can_be_named(tmp_path, monkeypatch):

@@ -47,6 +47,12 @@ def test_coordinates_among_features_invert_where_they_lie():
     np.testing.assert_allclose(found, [0, 1, 3], atol=1e-6)
 
 
+def test_features_may_lie_otherwise_along_each_axis():
+    level = FeatureMap(jnp.zeros((1, 4, 4, 8, 1)), stride=(4, 4, 2), origin=(1.5, 0, 0.5))
+    found = feature_coordinates(level, [np.array([1.5, 5.5, 13.5]) / 15] * 3, (16, 16, 16))
+    np.testing.assert_allclose(found, [[0, 1, 3], [0.375, 1.375, 3.375], [0.5, 2.5, 6.5]], atol=1e-6)
+
+
 def test_instance_norm_is_that_of_numpy():
     x = np.random.default_rng(0).normal(2, 3, (2, 5, 6, 7, 3)).astype(np.float32)
     expected = (x - x.mean((1, 2, 3), keepdims=True)) / np.sqrt(x.var((1, 2, 3), keepdims=True) + 1e-5)

@@ -116,6 +116,28 @@ def test_the_uncertainty_weighted_similarity_teaches_the_variance_and_not_the_me
     assert np.all(jax.grad(loss, argnums=1)(control_grid, start, 10.0) > of_variance)
 
 
+@pytest.mark.parametrize("coupled", [False, True])
+def test_coupled_the_draws_teach_the_variance_and_the_uncertainty_the_mean(coupled):
+    batch, control_grid = random_case()
+
+    def loss(control_grid, log_variance, **weights):
+        options = PLAIN | dict(image=0.0, grid=0.0, bending=0.0, samples=2, coupled=coupled) | weights
+        return objective(predict(control_grid, log_variance), batch, **options, keys=keys())[0].sum()
+
+    start = jnp.zeros_like(control_grid)
+    taught = {
+        "variance by draws": jax.grad(loss, argnums=1)(control_grid, start, image=1.0),
+        "mean by uncertainty": jax.grad(loss)(control_grid, start, uncertainty=1.0),
+    }
+    for name, gradient in taught.items():
+        assert np.all(np.abs(gradient) > 0) if coupled else not np.any(gradient), name
+    # The draws as functions of the variance, by finite differences.
+    if coupled:
+        h = 1e-2
+        slope = (loss(control_grid, start + h, image=1.0) - loss(control_grid, start - h, image=1.0)) / (2 * h)
+        assert slope == pytest.approx(float(taught["variance by draws"].sum()), rel=0.05)
+
+
 def test_first_differences_are_those_of_the_velocity_if_there_is_one():
     batch, _ = random_case()
     displacement, velocity = (
