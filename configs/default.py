@@ -56,10 +56,9 @@ def get_config() -> ConfigDict:
     config.loss.kl = 0.0  # of the divergence of a velocity's posterior from a smooth prior,
     config.loss.kl_precision = 10.0  # and that prior's precision
     config.loss.segmentation = 1.0  # of a segmenter's labels
-    config.loss.uncertainty = 0.1  # uncertainty-weighted similarity, which teaches a Bayesian head its variance
+    config.loss.uncertainty = 0.1  # uncertainty-weighted similarity of a Bayesian head
     config.loss.penalty = 1.0  # of that variance (the paper's lambda_0)
     config.loss.samples = 2  # maps drawn from a Bayesian head's posterior
-    config.loss.coupled = False  # whether these teach its variance too, and that similarity its mean; the paper's: True
     config.loss.keypoints = 0.0  # of predicted keypoints' distance from known ones: a pre-training, on one subject
 
     config.augmentation = ConfigDict()  # see `gridreg_jax.augment`
@@ -103,7 +102,6 @@ def paper(config: ConfigDict, *, training_pairs: int) -> ConfigDict:
     config.model.contrast_window = 0
     config.model.iterations = 1
     # 2e5 for displacements in half volumes, where u = 2 u_voxels / X: 48.8 at 128 voxels.
-    config.loss.coupled = True
     config.loss.bending = 2e5 * (2 / config.data.shape[0]) ** 2
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-4

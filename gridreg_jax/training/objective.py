@@ -48,16 +48,12 @@ def objective(
     uncertainty: float = 0.0,
     penalty: float = 1.0,
     samples: int = 1,
-    coupled: bool = False,
     keys: jax.Array | None = None,
 ) -> tuple[Float[Array, " N"], dict[str, Float[Array, " N"]]]:
     """Weighted sum of the terms, and the terms themselves, one value a case.
 
     With a Bayesian head the similarities are means over maps drawn from the predicted posterior, by reparameterisation
-    `u_s = mean + sigma * noise_s` (paper, section 3.2), and the uncertainty-weighted similarity of the mean map teaches
-    the variance. Unless they are `coupled`, the two do not mix: a similarity that a variance can discount teaches a
-    network to give up where it fits badly (Seitzer et al., ICLR 2022), and one that noise can only worsen teaches the
-    variance to vanish.
+    `u_s = mean + sigma * noise_s` (paper, section 3.2), beside the uncertainty-weighted similarity of the mean map.
 
     Of a model that predicts both directions, the image term is the mean of fixed against warped moving and of moving
     against warped fixed (Balakrishnan et al., IEEE TMI 2019, and its authors' code).
@@ -81,7 +77,6 @@ def objective(
       uncertainty: weight of the uncertainty-weighted similarity of a Bayesian head's mean map.
       penalty: in it, of the variance (the paper's lambda_0; 1 is a likelihood).
       samples: maps drawn from the posterior, in pairs on either side of the mean (of an odd number, the last without).
-      coupled: let the maps that are drawn teach the variance too, and the uncertainty-weighted similarity the mean.
       keys: `[N]`, one an example, for these draws.
 
     Raises:
@@ -94,7 +89,7 @@ def objective(
     warped, *warped_maps = _warp(prediction, [moving[..., 0], *maps], interpolator)
     drawn, alike = [prediction], [(fixed, warped[..., None])]
     if prediction.log_variance is not None:
-        drawn = _draw(prediction, keys, samples, interpolator, coupled)
+        drawn = _draw(prediction, keys, samples, interpolator)
         alike = [(fixed, _warp(one, [moving[..., 0]], interpolator)[0][..., None]) for one in drawn]
     if prediction.inverse_displacement is not None:
         alike.append((moving, warp(fixed, prediction.inverse_displacement)))
@@ -131,9 +126,8 @@ def objective(
         sides = zip(prediction.segmentation, ("fixed_labels", "moving_labels"), strict=True)
         terms["segmentation"] = _mean(segmentation_loss(logits, batch[name]) for logits, name in sides)
     if prediction.log_variance is not None:
-        mean = prediction.displacement if coupled else jax.lax.stop_gradient(prediction.displacement)
-        warped = warp(moving, mean)
-        terms["uncertainty"] = uncertainty_weighted_mse(fixed, warped, prediction.variance, penalty=penalty)
+        weighted = uncertainty_weighted_mse(fixed, warped[..., None], prediction.variance, penalty=penalty)
+        terms["uncertainty"] = weighted
     weights = dict(image=image, grid=grid, dice=dice, bending=bending, folding=folding, elastic=1.0)
     weights |= dict(gradient=gradient, kl=kl, keypoints=keypoints)
     weights |= dict(segmentation=segmentation, uncertainty=uncertainty)
@@ -144,13 +138,12 @@ def _mean(values):
     return jnp.mean(jnp.stack(list(values)), axis=0)
 
 
-def _draw(prediction, keys, samples, interpolator, coupled) -> list[Prediction]:
+def _draw(prediction, keys, samples, interpolator) -> list[Prediction]:
     """Predictions drawn from the posterior of the control grid (paper, section 3.2).
 
     In pairs on either side of the mean, so that what the noise adds to the gradient cancels to first order.
     """
-    log_variance = prediction.log_variance if coupled else jax.lax.stop_gradient(prediction.log_variance)
-    mean, deviation = prediction.control_grid, jnp.exp(0.5 * log_variance)
+    mean, deviation = prediction.control_grid, jnp.exp(0.5 * prediction.log_variance)
     half = jax.vmap(lambda key: jax.random.normal(key, ((samples + 1) // 2, *mean.shape[1:])), out_axes=1)(keys)
     drawn = []
     for noise in jnp.concatenate([half, -half])[:samples]:

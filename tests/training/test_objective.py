@@ -100,42 +100,22 @@ def test_draws_depend_on_the_example_and_not_on_its_batch():
         np.testing.assert_allclose(one[0], both[case], rtol=1e-5)
 
 
-def test_the_uncertainty_weighted_similarity_teaches_the_variance_and_not_the_mean():
-    batch, control_grid = random_case()
-
-    def loss(control_grid, log_variance, penalty=1.0):
-        prediction = predict(control_grid, log_variance)
-        nothing = dict(image=0.0, grid=0.0, bending=0.0)
-        return objective(prediction, batch, **PLAIN, **nothing, uncertainty=1.0, penalty=penalty, keys=keys())[0].sum()
-
-    start = jnp.zeros_like(control_grid)
-    of_mean, of_variance = jax.grad(loss, argnums=(0, 1))(control_grid, start)
-    np.testing.assert_array_equal(of_mean, 0)
-    assert np.all(np.abs(of_variance) > 0)
-    # A dearer variance is a smaller one.
-    assert np.all(jax.grad(loss, argnums=1)(control_grid, start, 10.0) > of_variance)
-
-
-@pytest.mark.parametrize("coupled", [False, True])
-def test_coupled_the_draws_teach_the_variance_and_the_uncertainty_the_mean(coupled):
+def test_draws_and_uncertainty_teach_the_mean_and_the_variance():
     batch, control_grid = random_case()
 
     def loss(control_grid, log_variance, **weights):
-        options = PLAIN | dict(image=0.0, grid=0.0, bending=0.0, samples=2, coupled=coupled) | weights
+        options = PLAIN | dict(image=0.0, grid=0.0, bending=0.0, samples=2) | weights
         return objective(predict(control_grid, log_variance), batch, **options, keys=keys())[0].sum()
 
-    start = jnp.zeros_like(control_grid)
-    taught = {
-        "variance by draws": jax.grad(loss, argnums=1)(control_grid, start, image=1.0),
-        "mean by uncertainty": jax.grad(loss)(control_grid, start, uncertainty=1.0),
-    }
-    for name, gradient in taught.items():
-        assert np.all(np.abs(gradient) > 0) if coupled else not np.any(gradient), name
-    # The draws as functions of the variance, by finite differences.
-    if coupled:
-        h = 1e-2
-        slope = (loss(control_grid, start + h, image=1.0) - loss(control_grid, start - h, image=1.0)) / (2 * h)
-        assert slope == pytest.approx(float(taught["variance by draws"].sum()), rel=0.05)
+    start, h = jnp.zeros_like(control_grid), 1e-2
+    for weights in (dict(image=1.0), dict(uncertainty=1.0)):
+        of_mean, of_variance = jax.grad(loss, argnums=(0, 1))(control_grid, start, **weights)
+        assert np.all(np.abs(of_mean) > 0) and np.all(np.abs(of_variance) > 0)
+        slope = (loss(control_grid, start + h, **weights) - loss(control_grid, start - h, **weights)) / (2 * h)
+        assert slope == pytest.approx(float(of_variance.sum()), rel=0.05)
+        # A dearer variance is a smaller one.
+        dearer = jax.grad(loss, argnums=1)(control_grid, start, **weights, penalty=10.0)
+        assert np.all(dearer > of_variance) == ("uncertainty" in weights)
 
 
 def test_first_differences_are_those_of_the_velocity_if_there_is_one():
