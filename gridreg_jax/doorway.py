@@ -1,6 +1,5 @@
 """What the programs share: set-up of the process, and one line instead of a traceback for user mistakes."""
 
-import os
 import sys
 from collections.abc import Callable
 
@@ -49,18 +48,11 @@ def fail(message: object) -> None:
 
 
 def prepare_process() -> None:
-    """Keep compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another, and little
-    freed memory."""
+    """Keep compiled programs (`programs.keep`), and little freed memory."""
     limit_freed_memory()
-    import jax
+    from gridreg_jax import programs  # brings JAX
 
-    from gridreg_jax.data.preprocess import default_cache_dir
-
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
-    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        # A registration has many small programs: each is read faster than it is compiled.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    programs.keep()
 
 
 def join_processes(coordinator: str | None, processes: int | None, process: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and where those go that can be made again."""
 
 import contextlib
 import os
@@ -20,3 +20,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def default_cache_dir() -> Path:
+    """The folder named by `$GRIDREG_CACHE`, else `~/.cache/gridreg_jax`."""
+    return Path(os.environ.get("GRIDREG_CACHE") or "~/.cache/gridreg_jax").expanduser()

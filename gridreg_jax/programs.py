@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import warnings
 from collections.abc import Callable
 from importlib import metadata
@@ -10,8 +11,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
-from gridreg_jax.files import replacing
+from gridreg_jax.files import default_cache_dir, replacing
 
 # Of each function that a process holds at a time. On Linux a program for the CPU takes hundreds of the 65 530 mappings
 # that a process may have, and the compiler dies without.
@@ -26,6 +28,18 @@ OPTIONS = {
     "xla_cpu_prefer_vector_width": 512,
     LIBRARY: "LIBRARY_FUSION_TYPE_REDUCE",
 }
+
+
+def keep() -> None:
+    """Keep compiled programs in the user's cache folder, unless JAX is told of another (JAX_COMPILATION_CACHE_DIR)."""
+    if jax.config.jax_compilation_cache_dir:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        # A registration has many small programs: each is read faster than it is compiled.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # Where something has been compiled before, JAX has settled that there is no cache.
+    compilation_cache.reset_cache()
 
 
 def compiler_options(*, library_sums: bool = True) -> dict[str, str | int]:

@@ -52,6 +52,22 @@ def test_what_was_loaded_from_shapes_alone_is_ready(program_cache, cached):
     assert [name for name in events if "compile" in name]
 
 
+def test_programs_are_kept_in_the_users_folder_unless_jax_has_one(program_cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("GRIDREG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    programs.keep()
+    assert jax.config.jax_compilation_cache_dir == str(program_cache)
+    jax.config.update("jax_compilation_cache_dir", None)
+    programs.keep()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "xla")
+    make()[0](*arguments(), power=2)
+    # The program as it was traced, and as it was compiled.
+    assert len(list((tmp_path / "cache" / "xla").rglob("scaled_power_*"))) == 1
+    assert list((tmp_path / "cache" / "xla").glob("jit_*"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
 def test_a_damaged_program_is_traced_anew(program_cache):
     make()[0](*arguments(), power=2)
     (path,) = (program_cache / "programs").iterdir()

@@ -7,6 +7,7 @@ up, whatever the file's own order; the affine follows, and no world position cha
 import dataclasses
 import itertools
 import math
+import os
 import warnings
 from pathlib import Path
 
@@ -215,13 +216,25 @@ def existing_file(path: str | Path) -> Path:
     return path
 
 
+def _as_image(array, affine) -> nib.Nifti1Image:
+    array, affine = np.asarray(array), np.asarray(affine)
+    if affine.shape != (4, 4) or affine.dtype.kind not in "iuf":
+        raise InputError(f"the array's affine must be 4 x 4 numbers, voxel -> RAS mm, not {affine.dtype}{affine.shape}")
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"the array's voxels must be single real numbers, not {array.dtype}")
+    # NIfTI has neither of these.
+    array = array.astype({"bool": np.uint8, "float16": np.float32}.get(array.dtype.name, array.dtype), copy=False)
+    return nib.Nifti1Image(array, affine.astype(np.float64), dtype=array.dtype)
+
+
 def _read(
     source: Source, *, placed: bool = False
 ) -> tuple[Num[np.ndarray, "X Y Z"], Float[np.ndarray, "4 4"], Path, Float[np.ndarray, "4 4"]]:
     """Array in the file's (scaled) numbers and affine, both in RAS order; the file's name and its own affine."""
-    if isinstance(source, tuple):
-        array, affine = source
-        source = nib.Nifti1Image(np.asarray(array), np.asarray(affine, np.float64), dtype=np.asarray(array).dtype)
+    if isinstance(source, (tuple, list)):
+        source = _as_image(*source) if len(source) == 2 else source
+    if not isinstance(source, (str, os.PathLike, nib.spatialimages.SpatialImage)):
+        raise InputError(f"an image is a path, an image of nibabel's, or (array, affine), not {type(source).__name__}")
     in_memory = isinstance(source, nib.spatialimages.SpatialImage)
     path = Path(source.get_filename() or "the array") if in_memory else existing_file(source)
     try:

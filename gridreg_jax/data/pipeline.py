@@ -11,9 +11,9 @@ import numpy as np
 from gridreg_jax import geometry
 from gridreg_jax.data import cohort, lists
 from gridreg_jax.data.nifti import load_landmarks
-from gridreg_jax.data.preprocess import Lattice, Prepared, default_cache_dir, prepare
+from gridreg_jax.data.preprocess import Lattice, Prepared, prepare
 from gridreg_jax.errors import InputError
-from gridreg_jax.files import replacing
+from gridreg_jax.files import default_cache_dir, replacing
 from gridreg_jax.rng import generator
 
 
@@ -118,7 +118,7 @@ def open_dataset(
       cohort_subjects: training, validation and test subjects of the cohort.
       evaluation_pairs: how many validation and test pairs are drawn among subjects, at most.
       seed: of the cohort, of the splits and of the drawn pairs.
-      cache_dir: where prepared images are kept; empty: `preprocess.default_cache_dir()`.
+      cache_dir: where prepared images are kept; empty: `files.default_cache_dir()`.
       notify: told, in a line, what the user should know of a choice made here.
 
     Raises:

@@ -7,7 +7,6 @@ of that image; a displacement on the lattice is in voxels of the lattice.
 import contextlib
 import dataclasses
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -200,11 +199,6 @@ def prepare(
         prepared = _build(image_path, lattice, labels_path)
         _write_cache(entry, prepared)
     return prepared
-
-
-def default_cache_dir() -> Path:
-    """The folder named by `$GRIDREG_CACHE`, else `~/.cache/gridreg_jax`."""
-    return Path(os.environ.get("GRIDREG_CACHE") or "~/.cache/gridreg_jax").expanduser()
 
 
 def center_of_mass(array: Num[np.ndarray, "X Y Z"]) -> Float[np.ndarray, "3"]:

@@ -13,10 +13,9 @@ from gridreg_jax.baselines import SYSTEMS
 from gridreg_jax.baselines.program import Program, threads
 from gridreg_jax.data import nifti
 from gridreg_jax.data.pipeline import Dataset, open_dataset, open_pairs
-from gridreg_jax.data.preprocess import default_cache_dir
 from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation import plots, tables
-from gridreg_jax.files import replacing
+from gridreg_jax.files import default_cache_dir, replacing
 from gridreg_jax.losses import SIMILARITIES
 from gridreg_jax.measure import (
     GridSize,

@@ -84,8 +84,8 @@ def bspline_transform(
     """The clamped cubic spline of a control grid as ITK's B-spline transform: the same map on the lattice.
 
     ITK's spline has uniform knots and gives no displacement outside its own box. So the coefficients change basis,
-    and one ring of copies of the outermost ones is added: without it, rounding would leave voxels at the border
-    without displacement. The box reaches one cell beyond the corner voxels; farther out there is no displacement.
+    and one ring is added (`with_ring`): without it, rounding would leave voxels at the border without displacement. The
+    box reaches one cell beyond the corner voxels; farther out there is no displacement.
 
     Args:
       control_grid: displacements in voxels, at least 4 control points an axis.
@@ -100,11 +100,26 @@ def bspline_transform(
     for g in control_grid.shape[:3]:
         # Each product moves the axis it is for to the end: after three, the components come first.
         coefficients = np.tensordot(coefficients, uniform_weights(g), (0, 1))
-    coefficients = np.pad(np.moveaxis(coefficients, 0, -1), [(1, 1)] * 3 + [(0, 0)], mode="edge")
+    coefficients = with_ring(np.moveaxis(coefficients, 0, -1))
     # The first uniform B-spline is centred a cell outside the lattice, and the ring two cells.
     grid_affine = _grid_affine(shape, [g - 3 for g in control_grid.shape[:3]], affine_fixed, start=-2)
     values = coefficients @ affine_fixed[:3, :3].T * FLIP
     return ItkTransform(BSPLINE, values.ravel(order="F"), _geometry(values.shape[:3], grid_affine))
+
+
+def with_ring(coefficients: Float64[np.ndarray, "x y z 3"]) -> Float64[np.ndarray, "X Y Z 3"]:
+    """Coefficients of a uniform cubic spline with one more at either end of each axis: it then reaches a cell farther.
+
+    At the new ends it has the values of the former ones. Copies of the outermost coefficients, which may be many times
+    larger than any displacement inside, would let it grow to their size there.
+
+    Source: the uniform cubic B-spline, which is (1, 4, 1) / 6 at its knots.
+    """
+    for axis in range(3):
+        c = np.moveaxis(coefficients, axis, 0)
+        first, last = c[2] + 3 * c[1] - 3 * c[0], c[-3] + 3 * c[-2] - 3 * c[-1]
+        coefficients = np.moveaxis(np.concatenate([first[None], c, last[None]]), 0, axis)
+    return coefficients
 
 
 def displacement_field(

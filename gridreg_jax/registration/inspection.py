@@ -94,13 +94,12 @@ def _invertible(transform: itk.ItkTransform, fixed: Volume | None) -> Iterator[s
 
 
 def _has_added_ring(control_grid: Float[np.ndarray, "gx gy gz 3"]) -> bool:
-    """Whether the outermost values are the copies that `itk.bspline_transform` adds outside of the image, where the
-    spline may be as steep as it likes. Zeros tell nothing: other programs leave them at the border of the image."""
+    """Whether the outermost values are those that `itk.bspline_transform` adds outside of the image, where the spline
+    may be as steep as it likes. Zeros tell nothing: other programs leave them at the border of the image."""
     inside = control_grid[1:-1, 1:-1, 1:-1]
     if min(inside.shape[:3]) < 4 or np.count_nonzero(inside) == np.count_nonzero(control_grid):
         return False
-    copied = np.pad(inside, [(1, 1)] * 3 + [(0, 0)], mode="edge")
-    return np.allclose(copied, control_grid, rtol=0, atol=1e-9 * np.abs(inside).max())
+    return np.allclose(itk.with_ring(inside), control_grid, rtol=0, atol=1e-9 * np.abs(control_grid).max())
 
 
 def _certificate(control_grid: Float[np.ndarray, "gx gy gz 3"]) -> Certificate:

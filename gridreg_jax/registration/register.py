@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Num
 
-from gridreg_jax import geometry, instance
+from gridreg_jax import geometry, instance, programs
 from gridreg_jax.data import nifti
 from gridreg_jax.data.nifti import Source, Volume, corner_to_corner
 from gridreg_jax.data.preprocess import field_of_view, normalise, resample
@@ -258,9 +258,12 @@ def register(
     if model is not None and not (isinstance(affine, str) and affine == "auto"):
         raise InputError("a model brings its own alignment: leave affine at 'auto'")
     matrix = given_affine(affine)
+    if not (grid is None or isinstance(grid, (int, float, np.integer))):
+        raise InputError(f"grid is {grid!r}: give points an axis (10), a length of cells in mm (5.0), or None")
     grid = int(grid) if isinstance(grid, np.integer) else grid
+    programs.keep()
     with ThreadPoolExecutor(2) as pool:
-        fixed, moving = pool.map(_loaded, (fixed, moving))
+        fixed, moving = pool.map(_loaded, (fixed, moving), (3, 2))
         # Every one of the many steps of ncf is on the finest lattice: it gets the smallest.
         at_work = functools.partial(_at_work, voxels=PRESETS["fast" if method == "ncf" else preset].voxels)
         fixed_working, moving_working = pool.map(at_work, (fixed, moving))
@@ -398,10 +401,10 @@ def _slabs(shape: Sequence[int]) -> list[tuple[int, int]]:
     return [(min(i * rows, shape[0] - rows), min(i * rows, shape[0] - rows) + rows) for i in range(count)]
 
 
-def _loaded(source: Source | Volume) -> Volume:
+def _loaded(source: Source | Volume, least: int) -> Volume:
     volume = source if isinstance(source, Volume) else nifti.load_image(source, placed=True)
-    if min(volume.array.shape) < 2:
-        raise InputError(f"{volume.path}: registration needs at least 2 voxels an axis, not {volume.array.shape}")
+    if min(volume.array.shape) < least:
+        raise InputError(f"{volume.path}: registration needs at least {least} voxels an axis, not {volume.array.shape}")
     nifti.check_right_angles(volume)
     return volume
 

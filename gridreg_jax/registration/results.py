@@ -106,7 +106,9 @@ def save(
         mean, largest = registration.inverse_errors_mm
         metrics["inverse_error_mm"] = {"mean": mean, "max": largest}
         metrics = _defined(metrics)
-        (folder / "report.html").write_text(page(registration, metrics, volumes))
+        text = page(registration, metrics, volumes)
+        # Names of files may hold bytes that are no text.
+        (folder / "report.html").write_bytes(text.encode(errors="replace"))
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     return metrics
 

@@ -14,6 +14,7 @@ from gridreg_jax.data import preprocess
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.data.preprocess import Lattice, lattice_affine, normalise, place, prepare, resample
 from gridreg_jax.errors import InputError
+from gridreg_jax.files import default_cache_dir
 
 SOURCES = {
     "aligned": (np.eye(3), (1.0, 1.0, 1.0)),
@@ -371,10 +372,10 @@ def test_cache_that_cannot_be_written_is_named(files, tmp_path):
 
 def test_default_cache_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("GRIDREG_CACHE", str(tmp_path / "here"))
-    assert preprocess.default_cache_dir() == tmp_path / "here"
+    assert default_cache_dir() == tmp_path / "here"
     monkeypatch.delenv("GRIDREG_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert preprocess.default_cache_dir() == tmp_path / ".cache" / "gridreg_jax"
+    assert default_cache_dir() == tmp_path / ".cache" / "gridreg_jax"
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,22 @@ def voxels(count=500, seed=1):
     return points * (np.array(SHAPE) - 1)
 
 
+@pytest.mark.parametrize("axis", range(3))
+def test_beyond_the_image_a_spline_goes_back_to_its_value_at_the_border(axis):
+    control_grid, affine = random_grid("bspline"), AFFINES["oblique"]
+    transform = itk.bspline_transform(control_grid, SHAPE, affine)
+    cell = (np.array(SHAPE) - 1) / np.subtract(control_grid.shape[:3], 3)
+    for border, beyond in ((0, -cell[axis]), (SHAPE[axis] - 1, SHAPE[axis] - 1 + cell[axis])):
+        points = voxels()
+        moved = []
+        for place in (border, beyond * (1 - 1e-9) + border * 1e-9):
+            points[:, axis] = place
+            points_mm = geometry.voxel_to_world(points, affine)
+            moved.append(itk.apply([transform], points_mm) - points_mm)
+        assert np.abs(moved[0]).max() > 1
+        np.testing.assert_allclose(moved[1], moved[0], atol=1e-5)
+
+
 def moved_mm(control_grid, points, affine, method):
     """Where the map takes points (voxels), in RAS mm, by the weight matrices of the package."""
     weights = [
