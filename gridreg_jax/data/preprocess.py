@@ -132,8 +132,8 @@ def field_of_view(
     return inside
 
 
-def normalise(array: Num[np.ndarray, "X Y Z"]) -> Float32[np.ndarray, "X Y Z"]:
-    """Intensities in [0, 1]: `clip((v - low) / (high - low), 0, 1)`.
+def normalise(array: Num[np.ndarray, "X Y Z"], *, beyond: float = 0.0) -> Float32[np.ndarray, "X Y Z"]:
+    """Intensities in [0, 1]: `clip((v - low) / (high - low), 0, 1)`; with `beyond`, so much more at either end.
 
     `low` and `high` are the 1st and 99th percentile of the foreground, the voxels above the minimum: a background of
     one value stays 0 and does not count, however large, and an image without one loses only the tails. Where the two
@@ -148,7 +148,7 @@ def normalise(array: Num[np.ndarray, "X Y Z"]) -> Float32[np.ndarray, "X Y Z"]:
     low, high = np.percentile(foreground, [1, 99])
     if high <= low:
         low = array.min()
-    return np.clip((array - np.float32(low)) / np.float32(high - low), 0, 1)
+    return np.clip((array - np.float32(low)) / np.float32(high - low), -beyond, 1 + beyond)
 
 
 def place(volume: Volume, lattice: Lattice) -> Prepared:

@@ -410,10 +410,13 @@ def _loaded(source: Source | Volume, least: int) -> Volume:
 
 
 def _at_work(volume: Volume, voxels: int) -> Volume:
-    """Normalised, on the finest lattice that registration works on, of about so many voxels."""
+    """Normalised, on the finest lattice that registration works on, of about so many voxels.
+
+    What is dark or bright in one field of view need not be so in another: most of it is kept.
+    """
     shape = deformable.finest_shape(volume, voxels)
     affine = corner_to_corner(volume, shape)
-    array = resample(dataclasses.replace(volume, array=normalise(volume.array)), affine, shape)
+    array = resample(dataclasses.replace(volume, array=normalise(volume.array, beyond=1.0)), affine, shape)
     return Volume(array, affine, volume.path)
 
 

@@ -141,6 +141,9 @@ def test_normalise_is_the_stated_formula():
     assert result.dtype == np.float32
     np.testing.assert_allclose(result, np.clip((array - low) / (high - low), 0, 1), atol=1e-6)
     assert not result[:, :, :15].any()
+    more = normalise(array, beyond=0.2)
+    np.testing.assert_array_equal(np.clip(more, 0, 1), result)
+    assert more.min() < 0 and more.max() > 1 and np.abs(more - 0.5).max() <= 0.7 + 1e-6
 
 
 def test_normalise_ignores_scale_offset_background_and_outliers():

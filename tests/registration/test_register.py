@@ -71,6 +71,11 @@ def voxels(shape, count=200):
     return np.random.default_rng(0).uniform(0, 1, (count, 3)) * np.subtract(shape, 1)
 
 
+def test_what_is_bright_is_compared_too(found):
+    for volume in (found.fixed_working, found.moving_working):
+        assert np.mean(volume.array >= volume.array.max()) < 1e-3 and volume.array.max() > 1
+
+
 def test_the_map_is_close_to_the_true_one(out):
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["tre_mm"]["points"] == 12
