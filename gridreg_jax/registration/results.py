@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,7 @@ from gridreg_jax.data.nifti import Volume
 from gridreg_jax.data.preprocess import resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.export import itk
+from gridreg_jax.export.inverse import TOLERANCE_MM
 from gridreg_jax.files import replacing
 from gridreg_jax.programs import stored
 from gridreg_jax.registration.register import Registration, pull
@@ -298,6 +301,19 @@ def _overlaps(
     return result
 
 
+def _way_back(registration: Registration, path: str | Path, points_mm: Float[np.ndarray, "P 3"]):
+    """`Registration.map_points_back`, and a warning where it does not lead back, as at the border of the image."""
+    found = registration.map_points_back(points_mm)
+    missed_mm = np.linalg.norm(registration.map_points(found) - points_mm, axis=1)
+    if missed := np.count_nonzero(missed_mm > TOLERANCE_MM):
+        warnings.warn(
+            f"{path}: to {missed} of its {len(points_mm)} points the map takes none to within {TOLERANCE_MM} mm; what "
+            f"is written for them is up to {missed_mm.max():.2g} mm off",
+            stacklevel=2,
+        )
+    return found
+
+
 def _map_points(
     registration: Registration, folder: Path, fixed: Points, moving: Points, fixed_path, moving_path
 ) -> dict:
@@ -305,7 +321,7 @@ def _map_points(
     mapped = {}
     for points, path, maps, where in (
         (fixed, fixed_path, registration.map_points, "moving"),
-        (moving, moving_path, registration.map_points_back, "fixed"),
+        (moving, moving_path, functools.partial(_way_back, registration, moving_path), "fixed"),
     ):
         if points:
             mapped[where] = dict(zip(points, maps(np.array(list(points.values()))), strict=True))

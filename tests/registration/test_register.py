@@ -142,6 +142,17 @@ def test_the_inverse_leads_back(out, found):
     assert np.linalg.norm(itk.apply(field, there) - points_mm, axis=1).mean() < 0.2
 
 
+def test_points_without_a_way_back_are_told(found, folder, tmp_path, monkeypatch):
+    lead_back = Registration.map_points_back
+    points = {"fixed_points": None, "moving_points": folder / "moving_points.csv"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results.save(found, tmp_path, **points)
+    monkeypatch.setattr(Registration, "map_points_back", lambda self, points_mm: lead_back(self, points_mm) + 1.0)
+    with pytest.warns(UserWarning, match="moving_points.csv: to 12 of its 12 points the map takes none"):
+        results.save(found, tmp_path, **points)
+
+
 def _corners_mm(shape, affine):
     corners = np.array(list(np.ndindex(2, 2, 2))) * np.subtract(shape, 1)
     return np.array(sorted(np.round(geometry.voxel_to_world(corners, affine), 2).tolist()))
