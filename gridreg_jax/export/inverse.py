@@ -69,8 +69,8 @@ class InverseErrors:
             )
         if self.folds:
             lines.append(
-                f"the transform folds at {self.folds} of {self.probes} places of its domain, which may reach beyond the "
-                "image it was made for: several points come to one voxel there, and one of them is written"
+                f"the transform folds at {self.folds} of {self.probes} places of its domain, which may reach beyond "
+                "the image it was made for: several points come to one voxel there, and one of them is written"
             )
         return lines
 
