@@ -26,6 +26,8 @@ from gridreg_jax.transforms.interpolation import axis_weights, interpolate
 
 # A side of fewer voxels need not be a multiple of 8.
 LEAST_SHARED = 24
+# Voxels that coarsening leaves a side: fewer hold nothing that the local correlation could compare.
+LEAST_COARSENED = 16
 # Voxels of the finest lattice by which the moving image's reaches beyond the fixed one's on every side: what a map may
 # bring in from there.
 MARGIN = 8
@@ -300,7 +302,7 @@ def _lattice_shape(fixed: Volume, coarsening: int) -> tuple[int, int, int]:
     size, spacing = np.array(fixed.array.shape), geometry.spacing(fixed.affine)
     # Thick slices stay until the others are as thick.
     ratio = np.maximum(1, np.rint(coarsening * spacing.min() / spacing))
-    return tuple(int(n) for n in np.maximum(np.minimum(4, size), np.rint(size / ratio)))
+    return tuple(int(n) for n in np.maximum(np.minimum(LEAST_COARSENED, size), np.rint(size / ratio)))
 
 
 def _weights(stage: Stage, similarity: str, method: str) -> tuple[np.float32, np.float32 | None]:
