@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.model.products = True  # tokens hold products of features; False: the paper's linear projection
     config.model.decoder = 32
     config.model.heads = 4
-    config.model.window = 3  # grid cells an axis that a control point attends to; None: global; 1: no attention
+    config.model.window = 3  # grid cells an axis that a control point attends to; 0: global; 1: no attention
     config.model.tokens = 8  # with global attention, tokens an axis
     config.model.interpolator = "bspline"  # "trilinear", "gaussian"
     config.model.bound = 0.0  # largest displacement of a control point in half lattices; 0: free
@@ -144,6 +144,9 @@ def use_model(config: ConfigDict, name: str) -> ConfigDict:
     if not name:
         return config
     model = MODELS[name]
+    if config.loss.similarity not in model["loss"]:
+        known = " and ".join(model["loss"])
+        raise ValueError(f"{name} has weights of smoothness for {known} alone, not for {config.loss.similarity}")
     config.name = f"{config.name}_{name}"
     config.model = ConfigDict(model["fields"])
     if config.model.name == "transmorph":

@@ -113,7 +113,7 @@ def _by_slices(x, kernel, stride: int, padding: int):
 
 def _every(x, start: int, stride: int, count: int):
     """Slices `start`, `start + stride`, ... along axis 0 of a volume, `count` of them; zeros beyond the border."""
-    before = max(0, -(start // stride))
+    before = min(count, max(0, -(start // stride)))
     there = x[:, start + before * stride :: stride][:, : count - before]
     return jnp.pad(there, [(0, 0), (before, count - before - there.shape[1])] + [(0, 0)] * (x.ndim - 2))
 

@@ -22,6 +22,9 @@ def main(function: Callable) -> None:
         except (InputError, FloatingPointError, OSError) as error:
             # OSError: a config that is not there (found when it is used), a folder that cannot be written, a full disk.
             fail(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
 
     app.run(guarded, flags_parser=_parse_flags)
 

@@ -64,11 +64,15 @@ def refine_recorded(
       The control grid, and the similarity before each step.
 
     Raises:
-      InputError: a lattice of `moving` that does not have that of `fixed` in its middle.
+      InputError: an unknown method or similarity, or a lattice of `moving` that does not have that of `fixed` in its
+        middle.
 
     Source: instance-specific optimisation, Balakrishnan et al., IEEE Trans. Med. Imaging 2019; velocities, Ashburner,
     NeuroImage 2007; both directions, Avants et al., Medical Image Analysis 2008.
     """
+    for name, value, known in (("method", method, METHODS), ("similarity", similarity, SIMILARITIES)):
+        if value not in known:
+            raise InputError(f"{name} {value!r} is not known: the known ones are {', '.join(known)}")
     shape = fixed.shape[1:4]
     longer = [long - size for long, size in zip(moving.shape[1:4], shape, strict=True)]
     if any(more < 0 or more % 2 for more in longer):

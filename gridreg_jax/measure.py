@@ -38,9 +38,18 @@ def candidates(grid_sizes: Iterable[int]) -> list[GridSize]:
     return [(size,) * 3 for size in sorted(set(grid_sizes))] or [None]
 
 
+def check_fits(grid_size: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
+    """Raise `InputError` for more control points an axis than the lattice has voxels."""
+    if max(grid_size) > max(shape):
+        sizes, voxels = ("x".join(map(str, numbers)) for numbers in (grid_size, shape))
+        raise InputError(f"grid size {sizes}: the lattice has {voxels} voxels, and a control grid is coarser than that")
+
+
 def make_predict(model: nn.Module, *, refinement: dict | None = None) -> Callable:
-    """`predict(params, batch, grid_size)`, compiled once a grid size: displacement, warped image and, with labels or a
-    Bayesian head, warped labels and the variance of the displacement.
+    """`predict(params, batch, grid_size)`, compiled once a grid size.
+
+    It returns `displacement` `[N, X, Y, Z, 3]` (voxels), `warped` `[N, X, Y, Z, 1]` and, of a batch with labels,
+    `warped_labels` `[N, X, Y, Z]`; with a Bayesian head also `variance` `[N, X, Y, Z, 3]` (squared voxels).
 
     Args:
       refinement: `steps`, `bending`, `learning_rate`, `overlap` (with a segmenter) and `folding` of the instance
@@ -253,7 +262,7 @@ def score(summary: dict) -> float:
     for name, sign in (("dice", 1), ("tre_mm", -1), ("mse", -1)):
         if name in summary["metrics"]:
             return sign * summary["metrics"][name]["after"]
-    raise ValueError("a summary without any measurement")
+    raise InputError("no pair of the validation has a finite similarity: the network predicts no map")
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -57,7 +57,7 @@ def left_to_group(mounted: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/
             continue
         own = root / path.lstrip("/")
         for folder in (own, *own.parents[: len(own.parts) - len(root.parts)]):
-            with contextlib.suppress(OSError, ValueError):  # no such file, or no limit ("max")
+            with contextlib.suppress(OSError, ValueError, KeyError):  # no such file or line, or no limit ("max")
                 numbers = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 most, taken = (int((folder / name).read_text()) for name in (limit, used))
                 left = min(left, max(0, most - taken + int(numbers[files])))

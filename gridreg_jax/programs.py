@@ -18,6 +18,8 @@ from gridreg_jax.files import default_cache_dir, replacing
 # Of each function that a process holds at a time. On Linux a program for the CPU takes hundreds of the 65 530 mappings
 # that a process may have, and the compiler dies without.
 PROGRAMS = 32
+# Bytes of the digest before each program that is kept.
+DIGEST = 32
 # The option that says what XLA leaves to that library of its own which also does sums.
 LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 # For the CPU. XLA would order what it runs for more cores than most computers have, at the cost of a third more memory;
@@ -90,12 +92,12 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = (), library
 
     The cache of compiled programs is found by what was traced, and tracing a registration takes Python some seconds. A
     kept program is used as long as this library's source, JAX, its settings, Flax, Optax, the platform, the shapes and
-    types of the arguments, and the static arguments are the same. Where one of these has a true attribute
-    `runs_foreign_code`, whose changes nobody would see, nothing is kept.
+    types of the arguments, and the static arguments are the same. Where one of these is of a class from elsewhere, or
+    has a true attribute `runs_foreign_code`, nothing is kept: nobody would see that code change.
 
     What is returned has a function `load` of the same arguments (shapes and types will do: `jax.ShapeDtypeStruct`), by
-    which another thread has a program ready before it is called. Within another function that is traced, it is traced
-    as a part of that.
+    which another thread has a program ready before it is called. Within another function that is traced, it is a part
+    of that; but what is kept can be neither differentiated nor mapped (`jax.vmap`) from outside.
 
     Args:
       function: of arrays and numbers (or trees of them), and of keyword arguments.
@@ -112,7 +114,7 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = (), library
 
     def found(arguments, static) -> _Program | None:
         folder = jax.config.jax_compilation_cache_dir
-        if not folder or any(getattr(value, "runs_foreign_code", False) for value in static.values()):
+        if not folder or any(map(_is_foreign, static.values())):
             return None
         settings = repr(sorted(jax.config.values.items()))  # precision and the like; more than tracing looks at
         leaves, structure = jax.tree.flatten(arguments)
@@ -137,22 +139,32 @@ def stored(function: Callable, *, static_argnames: tuple[str, ...] = (), library
     return call
 
 
+def _is_foreign(value) -> bool:
+    own = type(value).__module__.split(".")[0] in ("gridreg_jax", "builtins", "flax")
+    return not own or getattr(value, "runs_foreign_code", False)
+
+
 def _type(leaf) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
 
 
 def _restored(path: Path) -> Callable | None:
     try:
-        return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
-    except Exception:  # none, or one that is damaged in one of many ways: it is written anew
+        kept = path.read_bytes()
+    except OSError:
         return None
+    digest, program = kept[:DIGEST], kept[DIGEST:]
+    if hashlib.sha256(program).digest() != digest:  # damaged: it is written anew
+        return None
+    return jax.jit(jax.export.deserialize(bytearray(program)).call)
 
 
 def _kept(path: Path, jitted: Callable, shapes, static: dict) -> Callable:
     exported = jax.export.export(jitted)(*shapes, **static)
+    program = exported.serialize()
     try:
         with replacing(path) as temporary:
-            temporary.write_bytes(exported.serialize())
+            temporary.write_bytes(hashlib.sha256(program).digest() + program)
     except OSError as error:  # As JAX does with compiled programs.
         warnings.warn(f"{path.parent}: cannot be written ({error.strerror}): later starts take longer", stacklevel=2)
     return jax.jit(exported.call)

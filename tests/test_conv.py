@@ -65,6 +65,14 @@ def test_values_and_output_size_for_even_odd_and_tiny_inputs(formulation, stride
 
 @each_formulation
 @each_stride
+@pytest.mark.parametrize(("size", "thin"), [(5, 1), (7, 2)])
+def test_a_kernel_that_reaches_beyond_the_lattice(formulation, stride, size, thin):
+    x, kernel = random_input((thin, 5, 3), 9), random_kernel(size, 9, 9)
+    np.testing.assert_allclose(formulation(x, kernel, stride), reference(x, kernel, stride), rtol=1e-4, atol=1e-4)
+
+
+@each_formulation
+@each_stride
 @each_width
 @pytest.mark.parametrize("argument", [0, 1], ids=["input", "kernel"])
 def test_gradients(formulation, stride, channels, features, argument):

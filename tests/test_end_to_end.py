@@ -439,6 +439,12 @@ BAD_VALUES = {
     "grid similarity": (dict(loss__grid_similarity="mes"), "loss.grid_similarity: 'mes' is not known"),
     "refinement": (dict(refinement__steps=-1), "refinement.steps must be 0 or more, not -1"),
     "seed": (dict(seed=-1), "seed must be 0 or more, not -1"),
+    "rate": (dict(optimizer__learning_rate=-1.0), "optimizer.learning_rate must be 0 or more, not -1"),
+    "noise": (dict(augmentation__noise=float("nan")), "augmentation.noise must be 0 or more, not nan"),
+    "flip": (dict(augmentation__flip=2.0), "augmentation.flip is a probability, from 0 to 1, not 2.0"),
+    "elastic": (dict(loss__elastic=("a", "b")), "loss.elastic must be two numbers, mu and lambda"),
+    "keypoints": (dict(loss__keypoints=1.0), "loss.keypoints is on, but the model 'gridreg' predicts no keypoints"),
+    "large grid": (dict(grid_sizes=(5, 400)), "grid size 400x400x400: the lattice has 16x20x16 voxels"),
     "samples": (dict(loss__samples=0), "loss.samples must be 1 or more, not 0"),
     "optimizer": (dict(optimizer__name="adm"), "optimizer.name: 'adm' is not known"),
     "model": (dict(model__name="gridreq"), "unknown model 'gridreq'"),
@@ -515,5 +521,19 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path, subjects_csv, monkey
 
     monkeypatch.setattr(loop, "compile_steps", lambda _, state, batch, sizes: (dict.fromkeys(sizes, step), 0))
     with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
-        loop.fit(tiny_config(subjects_csv), tmp_path)
+        loop.fit(tiny_config(subjects_csv, checkpoint_every=3), tmp_path)
     assert [line["loss"] for line in read_metrics(tmp_path)] == pytest.approx([0.5, 0.4])
+    with Checkpoints(tmp_path) as checkpoints:
+        assert not checkpoints.steps()
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, subjects_csv, monkeypatch):
+    def step(state, batch):
+        params = jax.tree.map(lambda leaf: leaf * (np.nan if state.step == 1 else 1.0), state.params)
+        return state.replace(step=state.step + 1, params=params), {"loss": np.float32(0.5)}
+
+    monkeypatch.setattr(loop, "compile_steps", lambda _, state, batch, sizes: (dict.fromkeys(sizes, step), 0))
+    with pytest.raises(FloatingPointError, match="parameters are not finite after step 2"):
+        loop.fit(tiny_config(subjects_csv, checkpoint_every=1), tmp_path)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1]

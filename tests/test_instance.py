@@ -73,6 +73,13 @@ def test_a_moving_lattice_that_is_not_around_the_fixed_one_is_named(longer):
         refine(control_grid, fixed, moving, steps=1, interpolator="bspline", **OPTIONS)
 
 
+@pytest.mark.parametrize("wrong", [dict(method="grids"), dict(similarity="mes")])
+def test_what_is_not_known_is_named(wrong):
+    fixed, moving, control_grid = pair(0)
+    with pytest.raises(InputError, match="'(grids|mes)' is not known: the known ones are (grid|mse), "):
+        refine_recorded(control_grid, fixed, moving, steps=1, interpolator="bspline", **OPTIONS | wrong)
+
+
 def test_what_is_masked_has_no_influence():
     fixed, moving, control_grid = pair(0)
     mask = jnp.ones(fixed.shape[:4]).at[:, 12:].set(0)

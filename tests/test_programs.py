@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import weakref
 
@@ -68,13 +69,22 @@ def test_programs_are_kept_in_the_users_folder_unless_jax_has_one(program_cache,
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
-def test_a_damaged_program_is_traced_anew(program_cache):
+@pytest.mark.parametrize("damage", ["truncated", "a bit", "empty"])
+def test_a_damaged_program_is_traced_anew(program_cache, damage):
     make()[0](*arguments(), power=2)
     (path,) = (program_cache / "programs").iterdir()
-    path.write_bytes(path.read_bytes()[:100])
+    kept = bytearray(path.read_bytes())
+    kept[len(kept) // 2] ^= 1
+    path.write_bytes({"truncated": kept[:100], "a bit": kept, "empty": b""}[damage])
     function, traced = make()
     np.testing.assert_allclose(function(*arguments(), power=2)["sum"], [0.5, 1.5, 4.5])
     assert traced == [2]
+
+
+def test_of_a_class_from_elsewhere_nothing_is_kept(program_cache):
+    function = stored(lambda x, *, by: by.factor * x, static_argnames=("by",))
+    by = dataclasses.make_dataclass("By", [("factor", float)], frozen=True, order=True)(2.0)
+    assert function(3.0, by=by) == 6 and not (program_cache / "programs").exists()
 
 
 def test_without_a_cache_nothing_is_written(program_cache):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from gridreg_jax.data.preprocess import Lattice, Prepared, prepare
 from gridreg_jax.errors import InputError
 from gridreg_jax.files import default_cache_dir, replacing
 from gridreg_jax.rng import generator
+
+PREPARED = tuple(field.name for field in dataclasses.fields(Prepared))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,8 +294,8 @@ def _cohort_source(seed: int, index: int, cache_dir: Path) -> Source:
     def arrays() -> dict[str, np.ndarray]:
         try:
             with np.load(entry) as stored:
-                return dict(stored)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+                return {name: stored[name] for name in (*PREPARED, "landmarks")}
+        except Exception:  # none, or one that is damaged in one of many ways: it is made again
             prepared, landmarks = cohort.subject(index, seed=seed)
             made = dataclasses.asdict(prepared) | dict(landmarks=landmarks)
             with replacing(entry) as temporary:
@@ -303,6 +304,6 @@ def _cohort_source(seed: int, index: int, cache_dir: Path) -> Source:
 
     def load() -> Prepared:
         stored = arrays()
-        return Prepared(**{name: stored[name] for name in ("image", "known", "above_zero", "labels", "affine")})
+        return Prepared(**{name: stored[name] for name in PREPARED})
 
     return Source(f"subject{index:02d}", load, lambda: dict(enumerate(arrays()["landmarks"])))

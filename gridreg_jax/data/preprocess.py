@@ -50,7 +50,7 @@ class Lattice:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-    """An image on the working lattice; its arrays are read-only.
+    """An image on the working lattice; from a file, its arrays are read-only.
 
     Attributes:
       image: intensities in [0, 1]; 0 outside the field of view.
@@ -240,8 +240,10 @@ def _cache_key(image_path: str | Path, lattice: Lattice, labels_path: str | Path
     for path in (image_path, labels_path):
         if path is not None:
             path = existing_file(path).resolve()
-            status = path.stat()
-            parts.append((str(path), status.st_mtime_ns, status.st_size))
+            pair = (".hdr", ".img")
+            for part in map(path.with_suffix, pair) if path.suffix in pair else [path]:
+                status = existing_file(part).stat()
+                parts.append((str(part), status.st_mtime_ns, status.st_size))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -257,7 +259,7 @@ def _read_cache(entry: Path, lattice: Lattice, *, with_labels: bool) -> Prepared
     expected |= {"labels": (shape, np.int32), "affine": ((4, 4), np.float64)}
     arrays = {"labels": None}
     for name, path in _cache_files(entry, with_labels=with_labels).items():
-        with contextlib.suppress(OSError, EOFError, ValueError):
+        with contextlib.suppress(Exception):  # NumPy raises whatever it meets in a damaged file
             arrays[name] = np.load(path, mmap_mode="r")
         array = arrays.get(name)
         if array is None or (array.shape, array.dtype) != expected[name]:
@@ -271,4 +273,6 @@ def _write_cache(entry: Path, prepared: Prepared) -> None:
             with replacing(path) as temporary:
                 np.save(temporary, getattr(prepared, name))
     except OSError as error:
-        raise InputError(f"{entry.parent}: cannot be written ({error}); $GRIDREG_CACHE names another cache") from error
+        raise InputError(
+            f"{entry.parent}: cannot be written ({error}); data.cache_dir or $GRIDREG_CACHE names another cache"
+        ) from error

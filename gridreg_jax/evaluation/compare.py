@@ -11,7 +11,8 @@ from gridreg_jax.evaluation import tables
 from gridreg_jax.evaluation.evaluate import evaluate
 from gridreg_jax.measure import make_predict
 from gridreg_jax.training.loop import fit
-from gridreg_jax.training.step import build_run, bytes_needed
+from gridreg_jax.training.step import bytes_needed
+from gridreg_jax.training.trained import load_trained
 
 COLUMNS = ("dice", "tre_mm", "centroid_mm", "folding_percent", "sd_log_jacobian")
 
@@ -43,7 +44,7 @@ def compare(
                 return None
             start = str(place)
         summary = evaluate(folder, notify=notify)
-        row = {"system": name} | _cost(configs[-1].to_dict(), summary["grid_size"])
+        row = {"system": name} | _cost(folder, summary["grid_size"], notify)
         row |= {column: summary["metrics"][column]["after"] for column in COLUMNS if column in summary["metrics"]}
         rows.append(row | {"seconds": summary["metrics"]["seconds"]["after"]})
         tables.write_cases(Path(workdir) / "comparison.csv", rows)
@@ -51,14 +52,14 @@ def compare(
     return rows
 
 
-def _cost(config: dict, grid_size: list[int] | None) -> dict:
+def _cost(workdir: Path, grid_size: list[int] | None, notify: Callable[[str], None]) -> dict:
     """Parameters, and memory of a prediction (MiB) as the compiled program tells it."""
-    run = build_run(config)
-    image = jax.ShapeDtypeStruct((1, *run.shape, 1), jnp.float32)
-    params = jax.eval_shape(run.init_state).params
-    predict = make_predict(run.model)
-    compiled = predict.lower(params, {"fixed": image, "moving": image}, grid_size and tuple(grid_size)).compile()
+    trained = load_trained(workdir, notify=notify)
+    image = jax.ShapeDtypeStruct((1, *trained.config["data"]["shape"], 1), jnp.float32)
+    predict = make_predict(trained.model, refinement=trained.config["refinement"])
+    grid_size = grid_size and tuple(grid_size)
+    compiled = predict.lower(trained.params, {"fixed": image, "moving": image}, grid_size).compile()
     return {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
         "memory_mib": round(bytes_needed(compiled) / 2**20, 1),
     }

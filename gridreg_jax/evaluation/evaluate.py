@@ -19,6 +19,7 @@ from gridreg_jax.files import default_cache_dir, replacing
 from gridreg_jax.losses import SIMILARITIES
 from gridreg_jax.measure import (
     GridSize,
+    check_fits,
     coarsest_sufficient,
     make_predict,
     measure,
@@ -74,6 +75,8 @@ def evaluate(
     dataset = _open(config, pairs, notify)
     if grid_size is None:
         grid_size = trained.grid_size
+    elif grid_size != "auto":
+        check_fits(grid_size, dataset.lattice.shape)
     refinement = config["refinement"] | ({} if refine is None else {"steps": refine})
     predict = make_predict(model, refinement=refinement)
     choice = grid_size

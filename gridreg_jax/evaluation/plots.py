@@ -3,14 +3,11 @@
 from pathlib import Path
 
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from gridreg_jax.files import replacing
 from gridreg_jax.transforms.jacobian import jacobian_determinant
-
-matplotlib.use("Agg")
 
 # Name of a plane, the axis across it, and the axes shown to the right and upwards.
 PLANES = (("axial", 2, (0, 1)), ("coronal", 1, (0, 2)), ("sagittal", 0, (1, 2)))

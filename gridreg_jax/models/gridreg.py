@@ -43,7 +43,7 @@ class GridReg(nn.Module):
         Empty: no skip projections (the paper's ablation).
       projection: width C_p of the tokens.  decoder: width C_d of the decoder state.  heads: attention heads.
       products: let tokens hold products of features; False: the paper's linear projection.
-      window: neighbouring grid cells an axis that a control point attends to; None: all tokens (global); 1: its own
+      window: neighbouring grid cells an axis that a control point attends to; 0: all tokens (global); 1: its own
         cell alone, which is no attention at all (an ablation).
       tokens: with global attention, tokens an axis; memory does not depend on the image size.
       interpolator: "trilinear", "bspline" or "gaussian".
@@ -75,7 +75,7 @@ class GridReg(nn.Module):
     products: bool = True
     decoder: int = 32
     heads: int = 4
-    window: int | None = 3
+    window: int = 3
     tokens: int = 8
     interpolator: str = "trilinear"
     bound: float = 0.0
@@ -292,7 +292,7 @@ class DecoderLevel(nn.Module):
 
     features: int
     heads: int
-    window: int | None
+    window: int
     places: Sequence[np.ndarray] | None
 
     @nn.compact

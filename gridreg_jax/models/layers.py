@@ -219,16 +219,16 @@ def resample_features(
 class CrossAttention(nn.Module):
     """Multi-head cross-attention from control points to tokens (paper, section 3.1).
 
-    `window=None`: every control point attends to every token. `window=w` (odd): tokens must lie on the control grid,
+    `window=0`: every control point attends to every token. `window=w` (odd): tokens must lie on the control grid,
     and a control point attends to the w x w x w tokens around it; a learned bias tells the neighbours apart.
 
     Raises:
-      InputError: the heads cannot share the features, or a window that is not a positive odd number.
+      InputError: the heads cannot share the features, or a window that is neither 0 nor a positive odd number.
     """
 
     features: int
     heads: int = 4
-    window: int | None = 3
+    window: int = 3
 
     @nn.compact
     def __call__(
@@ -236,16 +236,16 @@ class CrossAttention(nn.Module):
     ) -> Float[Array, "N gx gy gz D"]:
         if self.features % self.heads:
             raise InputError(f"{self.features} features cannot be shared by {self.heads} heads")
-        if self.window is not None and (self.window < 1 or self.window % 2 == 0):
-            raise InputError(f"the attention window must be odd (or None), not {self.window}")
+        if self.window and (self.window < 1 or self.window % 2 == 0):
+            raise InputError(f"the attention window must be odd, or 0 (global), not {self.window}")
         query = nn.Dense(self.features, use_bias=False, name="query")(queries) * (self.heads / self.features) ** 0.5
         key = nn.Dense(self.features, use_bias=False, name="key")(tokens)
         value = nn.Dense(self.features, use_bias=False, name="value")(tokens)
-        if self.window is None:
-            merged = _attend_all(query, key, value, self.heads)
-        else:
+        if self.window:
             bias = self.param("bias", _near_first, (self.window**3, self.heads))
             merged = window_attention(query, key, value, bias, self.window)
+        else:
+            merged = _attend_all(query, key, value, self.heads)
         return nn.Dense(self.features, name="out")(merged)
 
 

@@ -1,7 +1,9 @@
 """Checkpoints of a run, in `workdir/checkpoints`: the only place that knows of Orbax."""
 
+import contextlib
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +120,9 @@ class Checkpoints:
     def _first(self, load: Callable[[int, dict, Any], Any], order: list[int], notify: Callable[[str], None]):
         for step in order:
             try:
-                config, chosen, saved = self._read_info(step)
-                return step, load(step, config, saved), config, chosen
+                with _interrupts_wait():
+                    config, chosen, saved = self._read_info(step)
+                    return step, load(step, config, saved), config, chosen
             except InputError:
                 raise
             except Exception as error:  # Orbax raises whatever its readers meet in a damaged folder.
@@ -127,6 +130,23 @@ class Checkpoints:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 notify(f"checkpoint {self._folder / str(step)} is damaged and passed over ({reason[:120]})")
         raise InputError(f"{self._folder}: no checkpoint can be read")
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Inside, Ctrl-C waits for the end: Orbax would take it for damage of what it reads."""
+    asked = []
+    try:
+        previous = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    except ValueError:  # not in the main thread, where none arrives
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if asked:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _with_tuples(value):

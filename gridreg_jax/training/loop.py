@@ -19,7 +19,7 @@ from tqdm import tqdm
 from gridreg_jax import losses
 from gridreg_jax.data.pipeline import Dataset, batches, open_dataset
 from gridreg_jax.errors import InputError
-from gridreg_jax.measure import GridSize, candidates, make_predict, measure, score, summarise
+from gridreg_jax.measure import GridSize, candidates, check_fits, make_predict, measure, score, summarise
 from gridreg_jax.models import build, describe, has_control_grid
 from gridreg_jax.rng import generator
 from gridreg_jax.training.checkpoint import Checkpoints
@@ -39,6 +39,8 @@ from gridreg_jax.transforms.interpolation import check_grid_size
 
 # Largest share of folded voxels (mean over the validation pairs) of a grid size that validation may prefer.
 FOLDING_PERCENT = 0.01
+# Parts of a config whose numbers are weights, rates and sizes: none is negative.
+SECTIONS = ("loss", "augmentation", "optimizer", "refinement")
 # Steps after which several processes ask one another whether to stop.
 ASK_EVERY = 10
 
@@ -64,7 +66,7 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
 
     Raises:
       InputError: something in the config, the data or the folder is not as it should be.
-      FloatingPointError: the loss is not finite; the message names the step.
+      FloatingPointError: the loss or the parameters are not finite; the message names the step. No such state is saved.
     """
     config, workdir = config.to_dict(), Path(workdir)
     leads = jax.process_index() == 0
@@ -98,10 +100,10 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
     workdir.mkdir(parents=True, exist_ok=True)
     with Checkpoints(workdir) as checkpoints, _stop_requested() as stopped:
         start, state, chosen = _initial_state(run, config, checkpoints, notify)
-        with MetricsWriter(workdir, start=start) if leads else SilentWriter() as writer:
-            # A terminal shows a moving bar; a log file takes a line now and then.
-            look = dict(unit="step", smoothing=0.05, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
-            progress = tqdm(total=config["steps"], initial=start, disable=not leads, **look)
+        # A terminal shows a moving bar; a log file takes a line now and then.
+        look = dict(unit="step", smoothing=0.05, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
+        bar = tqdm(total=config["steps"], initial=start, disable=not leads, **look)
+        with MetricsWriter(workdir, start=start) if leads else SilentWriter() as writer, bar as progress:
             mine = (jax.process_index(), jax.process_count())
             options = dict(batch_size=config["batch_size"], part=mine, seed=config["seed"], place=shard)
             stream = batches(dataset, **options, start=start, stop=config["steps"])
@@ -125,9 +127,12 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
                 times = {"seconds": now - began, "waiting": waiting}
                 pending, began = (step, grid_size, metrics, times), now
                 waited, spent = waited + waiting, spent + times["seconds"]
-                if step % config["val_every"] == 0 or step == config["steps"]:
+                validates = step % config["val_every"] == 0 or step == config["steps"]
+                if validates or step % config["checkpoint_every"] == 0:
                     _record(writer, progress, *pending)
                     pending = None
+                    _check_finite(step, state)
+                if validates:
                     chosen = validate(predict, state.params, dataset, config["grid_sizes"])
                     writer.write(step, "val", chosen)
                     notify(_validation_line(step, chosen))
@@ -137,10 +142,10 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
                     _save(checkpoints, step, state, config, chosen, scored=False)
             if pending:
                 _record(writer, progress, *pending)
-            progress.close()
-            if spent:
-                notify(f"waited for data {100 * waited / spent:.1f} % of the time")
+        if spent:
+            notify(f"waited for data {100 * waited / spent:.1f} % of the time")
         if step < config["steps"]:
+            _check_finite(step, state)
             _save(checkpoints, step, state, config, chosen, scored=False)
             notify(f"stopped at step {step} and saved; the same command goes on from there")
             return False
@@ -163,19 +168,27 @@ def check_config(config: dict) -> None:
         if not isinstance(size, int):
             raise InputError(f"grid_sizes must be whole numbers, such as (5, 8), not {size!r}")
         check_grid_size((size,) * 3, model.interpolator)
+        check_fits((size,) * 3, config["data"]["shape"])
     for name in ("similarity", "grid_similarity"):
         if config["loss"][name] not in losses.SIMILARITIES:
             known = ", ".join(losses.SIMILARITIES)
             raise InputError(f"loss.{name}: {config['loss'][name]!r} is not known; known are {known}")
-    if len(config["loss"]["elastic"]) != 2:
-        raise InputError(f"loss.elastic must be two numbers, mu and lambda, not {config['loss']['elastic']}")
+    elastic = config["loss"]["elastic"]
+    if len(elastic) != 2 or not all(isinstance(value, (int, float)) for value in elastic):
+        raise InputError(f"loss.elastic must be two numbers, mu and lambda, not {elastic}")
     if config["loss"]["samples"] < 1:
         raise InputError(f"loss.samples must be 1 or more, not {config['loss']['samples']}")
+    if config["loss"]["keypoints"] and not hasattr(model, "keypoints"):
+        raise InputError(f"loss.keypoints is on, but the model {config['model']['name']!r} predicts no keypoints")
     if config["loss"]["keypoints"] and config["augmentation"]["elastic"]:
         raise InputError("loss.keypoints follows points through affine changes only: set augmentation.elastic to 0")
-    for name, value in (("seed", config["seed"]), ("refinement.steps", config["refinement"]["steps"])):
-        if value < 0:
-            raise InputError(f"{name} must be 0 or more, not {value}")
+    sections = {"": {"seed": config["seed"]}} | {f"{name}.": config[name] for name in SECTIONS}
+    for section, values in sections.items():
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and not value >= 0:  # nor is NaN
+                raise InputError(f"{section}{name} must be 0 or more, not {value}")
+    if config["augmentation"]["flip"] > 1:
+        raise InputError(f"augmentation.flip is a probability, from 0 to 1, not {config['augmentation']['flip']}")
     for name in ("steps", "val_every", "checkpoint_every"):
         if config[name] < 1:
             raise InputError(f"{name} must be 1 or more, not {config[name]}")
@@ -275,6 +288,13 @@ def _record(writer: MetricsWriter, progress: tqdm, step: int, grid_size, metrics
     progress.update()
     duration = f"{1e3 * times['seconds']:.0f}ms"
     progress.set_postfix(loss=f"{values['loss']:.4f}", step=duration, grid=_points(grid_size), refresh=False)
+
+
+def _check_finite(step: int, state) -> None:
+    """Before a state is saved: from one that is not finite no run could go on."""
+    params = jax.device_get(_on_one_device(state.params))
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+        raise FloatingPointError(f"parameters are not finite after step {step}: a smaller learning rate may mend it")
 
 
 def _save(checkpoints: Checkpoints, step: int, state, config: dict, chosen: dict | None, *, scored: bool) -> None:

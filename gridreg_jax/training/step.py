@@ -18,6 +18,7 @@ from flax.core import freeze
 from gridreg_jax import rng
 from gridreg_jax.augment import augment, foreground_points
 from gridreg_jax.errors import InputError
+from gridreg_jax.losses import SIMILARITIES
 from gridreg_jax.measure import GridSize, candidates
 from gridreg_jax.memory import left_to_group, return_freed_memory
 from gridreg_jax.models import Prediction, build
@@ -157,6 +158,10 @@ def make_train_step(
     """
     strengths = {name: value for name, value in augmentation.items() if name != "ramp"}
     ramp = max(1, augmentation.get("ramp", 0))
+    used = [SIMILARITIES[loss[name]] for name in ("similarity", "grid_similarity") if name in loss]
+    # Of what comes from elsewhere no program is kept: nobody would see that it changes.
+    own = all(similarity.__module__.startswith("gridreg_jax.") for similarity in used)
+    loss_gradient = _loss_gradient if own else _loss_gradient.__wrapped__
 
     def example_keys(stream: str, step: jax.Array, local: int) -> jax.Array:
         # A key an example, by its place in the whole batch: the same however many devices share it.
@@ -176,7 +181,7 @@ def make_train_step(
         example_streams = getattr(model, "example_streams", ())
         keys = {name: example_keys(name, step, len(batch["fixed"])) for name in ("posterior", *example_streams)}
         keys["iterations"] = rng.key(seed, "iterations", step)
-        found = _loss_gradient(params, batch, keys, model=model, grid_size=grid_size, loss=freeze(loss))
+        found = loss_gradient(params, batch, keys, model=model, grid_size=grid_size, loss=freeze(loss))
         return jax.lax.pmean(found, AXIS)
 
     def update(state: TrainState, gradient) -> TrainState:
@@ -276,7 +281,7 @@ def compile_steps(
 def check_memory(needed: int, what: str, grid_size: GridSize, *smaller: str) -> None:
     """Raise `InputError` where `what` needs more bytes than a device has left."""
     available = memory_available()
-    if available and needed > available:
+    if available is not None and needed > available:
         at = f" at grid size {grid_size[0]}" if grid_size else ""
         smaller = " or ".join([*smaller, "data.shape", *(["grid size"] if grid_size else [])])
         raise InputError(

@@ -335,8 +335,17 @@ def test_cache_follows_files_lattice_and_version(files, tmp_path, builds, monkey
     assert built() and not built()
 
 
+def test_cache_follows_both_files_of_a_pair(files, tmp_path, builds):
+    image = nib.load(files[0])
+    for factor in (1.0, 2.0):
+        nib.save(nib.Nifti1Pair(factor * image.get_fdata(), image.affine), tmp_path / "pair.img")
+        os.utime(tmp_path / "pair.hdr", ns=(0, 0))  # the header has not changed
+        prepare(tmp_path / "pair.hdr", LATTICE, cache_dir=tmp_path / "cache")
+    assert len(builds) == 2
+
+
 @pytest.mark.parametrize("name", ["image", "labels", "affine"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "another shape"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "header", "another shape"])
 def test_damaged_cache_is_made_again(files, tmp_path, builds, name, damage):
     image_path, labels_path = files
     cache = tmp_path / "cache"
@@ -347,7 +356,9 @@ def test_damaged_cache_is_made_again(files, tmp_path, builds, name, damage):
     elif damage == "another shape":
         np.save(path, np.zeros((2, 2), np.float32))
     else:
-        path.write_bytes({"empty": b"", "truncated": path.read_bytes()[:-40], "text": b"not an array"}[damage])
+        kept = path.read_bytes()
+        damaged = {"empty": b"", "truncated": kept[:-40], "text": b"not an array"}
+        path.write_bytes((damaged | {"header": kept.replace(b"}", b"(", 1)})[damage])
     assert_same(prepare(image_path, LATTICE, labels_path=labels_path, cache_dir=cache), good)
     assert len(builds) == 2
     assert_same(prepare(image_path, LATTICE, labels_path=labels_path, cache_dir=cache), good)

@@ -2,17 +2,19 @@
 
 import csv
 
+import jax
 import pytest
 
 from configs import compare as configs
 from gridreg_jax.evaluation import compare as comparison
 from gridreg_jax.evaluation.compare import compare
+from gridreg_jax.training.checkpoint import Checkpoints
 
 TINY = {
     "model.levels": 4,
     "model.width": 4,
     "model.iterations": 1,
-    "model.segmenter": 0,
+    "model.segmenter": 2,
     "refinement.steps": 0,
     "data.shape": (16, 20, 16),
     "data.evaluation_pairs": (1, 2),
@@ -31,6 +33,11 @@ def test_systems_are_trained_and_evaluated_alike(subjects_csv, tmp_path, capsys)
     rows = compare({system: configs.stages_of(config, system) for system in config.systems}, tmp_path)
     assert [row["system"] for row in rows] == list(TINY["systems"])
     assert rows[1]["parameters"] == 259_675
+    # What a segmenter has depends on the number of labels.
+    with Checkpoints(tmp_path / "gridreg") as checkpoints:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        _, params, *_ = checkpoints.restore_params(device, order=checkpoints.steps(), notify=pytest.fail)
+    assert rows[0]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
     table = capsys.readouterr().out
     assert all(f"{row['parameters']:,}" in table and f"{row['dice']:.4f}" in table for row in rows)
     with open(tmp_path / "comparison.csv", newline="") as file:
@@ -72,6 +79,9 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained():
     config.steps = 1
     with pytest.raises(ValueError, match="steps is 1: keymorph needs 2 or more"):
         configs.stages_of(config, "keymorph")
+    config.loss.similarity = "ncc"
+    with pytest.raises(ValueError, match="voxelmorph has weights of smoothness for mse and lncc alone, not for ncc"):
+        configs.stages_of(config, "voxelmorph")
 
 
 def test_every_system_has_the_optimiser_that_the_rates_are_for():

@@ -83,7 +83,7 @@ def test_the_pointwise_network_has_the_size_that_the_paper_states():
 
 VARIANTS = {
     "local": dict(window=3),
-    "global": dict(window=None),
+    "global": dict(window=0),
     "no attention": dict(window=1),
     "no skip projections": dict(skips=()),
     "linear projections": dict(products=False),
@@ -118,7 +118,7 @@ def test_any_image_size(shape, downsampled):
     assert (displacement.shape, displacement.dtype) == ((1, *shape, 3), jnp.float32)
 
 
-@pytest.mark.parametrize("window", [3, None])
+@pytest.mark.parametrize("window", [3, 0])
 def test_starts_at_the_identity_exactly(window):
     model = build("gridreg", **TINY, window=window)
     start = jax.jit(lambda *pair: model.init_with_output(jax.random.key(0), *pair, grid_size=(5, 4, 6))[0].displacement)
@@ -146,7 +146,7 @@ def test_cases_of_a_batch_do_not_influence_each_other():
     np.testing.assert_allclose(both[0], other[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("window", [3, None])
+@pytest.mark.parametrize("window", [3, 0])
 def test_the_order_of_the_heads_does_not_matter(window):
     heads, features = 4, 8
     rng = np.random.default_rng(0)
@@ -174,7 +174,7 @@ def test_global_attention_knows_where_a_token_lies():
     encoding, around = (jnp.asarray(position_encoding(points))[None] for points in (grid, lattice))
     state = jnp.broadcast_to(jnp.asarray(rng.normal(size=8), jnp.float32), (1, 5, 5, 5, 8))
     projected = jnp.asarray(rng.normal(size=(1, 4, 4, 4, 8)), jnp.float32)
-    level = DecoderLevel(8, 2, None, [np.linspace(0, 4, 4)] * 3)
+    level = DecoderLevel(8, 2, 0, [np.linspace(0, 4, 4)] * 3)
     params = level.init(jax.random.key(0), state, projected, encoding, around)
     apply = jax.jit(lambda projected, around: level.apply(params, state, projected, encoding, around)[0])
     mirrored = apply(projected[:, ::-1], around)
@@ -197,17 +197,17 @@ def test_a_grid_too_small_for_the_cubic_spline_is_refused():
         (dict(levels=10), "the encoder has 1 to 9 levels, not 10"),
         (dict(levels=0), "model.levels is 0: give 1 or more"),
         (dict(heads=3), "8 features cannot be shared by 3 heads"),
-        (dict(window=4), r"the attention window must be odd \(or None\), not 4"),
+        (dict(window=4), r"the attention window must be odd, or 0 \(global\), not 4"),
         (dict(bound=-1.0), "model.bound is -1.0"),
         (dict(heads=0), "model.heads is 0: give 1 or more"),
         (dict(decoder=0), "model.decoder is 0: give 1 or more"),
         (dict(downsampled=-2), "model.downsampled is -2: give 0 or more"),
         (dict(contrast_window=-3), "model.contrast_window is -3"),
-        (dict(window=-1), r"the attention window must be odd \(or None\), not -1"),
+        (dict(window=-1), r"the attention window must be odd, or 0 \(global\), not -1"),
         (dict(skips=(2, 2)), r"model.skips is \(2, 2\): give levels from 0 to 3, each once"),
         (dict(skips=(2, -1)), r"model.skips is \(2, -1\)"),
         (dict(skips=(4, 2)), r"model.skips is \(4, 2\)"),
-        (dict(window=None, tokens=1), "model.tokens is 1: give 2 or more"),
+        (dict(window=0, tokens=1), "model.tokens is 1: give 2 or more"),
         (dict(encoder=":Encoder"), "model.encoder: ':Encoder' cannot be used: Empty module name"),
         (dict(encoder="pooled", levels=6, downsampled=6), "level 4 of the encoder cannot halve .1, 1, 1. features"),
         (dict(encoder="strode"), "model.encoder: 'strode' is not known; known are strided, pooled"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,20 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path, scores, kept, best):
     save(tmp_path, scores)
     with Checkpoints(tmp_path) as checkpoints:
         assert (checkpoints.steps(), checkpoints.best_step()) == (kept, best)
+
+
+def test_ctrl_c_while_reading_is_not_taken_for_damage(tmp_path, monkeypatch):
+    save(tmp_path, [0.5, 0.6])
+    read = Checkpoints._read_info
+
+    def interrupted(self, step):
+        signal.raise_signal(signal.SIGINT)
+        return read(self, step)
+
+    monkeypatch.setattr(Checkpoints, "_read_info", interrupted)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(KeyboardInterrupt):
+        checkpoints.restore(shapes, order=[2, 1], notify=pytest.fail)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_no_checkpoint_yet(tmp_path):

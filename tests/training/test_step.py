@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gridreg_jax.errors import InputError
+from gridreg_jax.losses import SIMILARITIES
 from gridreg_jax.programs import compiler_options, stored
 from gridreg_jax.training import step as training
 
@@ -189,10 +190,14 @@ def test_compiled_steps_are_the_step_and_know_their_memory(on_all_devices):
         np.testing.assert_allclose(params[name], leaf, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("encoder, traced", [("strided", 1), ("gridreg_jax.models.layers:Encoder", 2)])
+@pytest.mark.parametrize(
+    "encoder, similarity, traced",
+    [("strided", "mse", 1), ("gridreg_jax.models.layers:Encoder", "mse", 2), ("strided", "mine", 2)],
+)
 def test_a_later_start_traces_the_network_only_if_it_has_code_from_elsewhere(
-    encoder, traced, program_cache, monkeypatch
+    encoder, similarity, traced, program_cache, monkeypatch
 ):
+    monkeypatch.setitem(SIMILARITIES, "mine", lambda fixed, warped: jnp.abs(fixed - warped).mean((1, 2, 3, 4)))
     calls, whole = [], training.objective
     monkeypatch.setattr(training, "objective", lambda *a, **k: calls.append(a) or whole(*a, **k))
     run = training.build_run(CONFIG | dict(model=CONFIG["model"] | dict(encoder=encoder)))
@@ -203,7 +208,8 @@ def test_a_later_start_traces_the_network_only_if_it_has_code_from_elsewhere(
         jax.clear_caches()
         fresh = stored(training._loss_gradient.__wrapped__, static_argnames=("model", "grid_size", "loss"))
         monkeypatch.setattr(training, "_loss_gradient", fresh)
-        step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation={})
+        loss = LOSS | dict(similarity=similarity)
+        step = training.make_train_step(run.model, run.optimizer, seed=0, loss=loss, augmentation={})
         texts.append(step.gradient.lower(state.params, state.step, sharded, GRID).as_text())
     assert len(calls) == traced
     assert texts[0] == texts[1]
@@ -224,7 +230,7 @@ def test_steps_are_scheduled_for_memory():
 def test_a_step_that_would_not_fit_is_refused_before_it_runs(monkeypatch):
     run = training.build_run(CONFIG)
     step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation=AUGMENTATION)
-    monkeypatch.setattr(training, "memory_available", lambda: 1000)
+    monkeypatch.setattr(training, "memory_available", lambda: 0)
     with pytest.raises(InputError, match="a step at grid size 4 needs .* and 0.0 GiB are free: a smaller"):
         training.compile_steps(step, run.init_state(), training.shard(batch()), [GRID])
 
