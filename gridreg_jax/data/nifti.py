@@ -1,7 +1,8 @@
 """Reading and writing images, labels and landmarks: the only place where NIfTI is read.
 
 What is read comes in the closest RAS orientation, so that array axes 0, 1, 2 run (about) to the right, to the front and
-up, whatever the file's own order; the affine follows, and no world position changes.
+up, whatever the file's own order; the affine follows, and no world position changes. Lengths are in mm, whatever unit
+the header names.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
-from jaxtyping import Float, Float32, Int32, Num, Shaped
+from jaxtyping import Float, Float32, Float64, Int32, Num, Shaped
 from scipy import ndimage
 
 from gridreg_jax import geometry
@@ -23,6 +24,8 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.files import replacing
 
 LATTICE_TOLERANCE_MM = 1e-3
+# The unit of length by its code in a header, where it is not the millimetre; one that is unknown is, as for ITK.
+UNITS_MM = {1: 1e3, 3: 1e-3}
 # Cosine of the angle that passes as a right one. From 1e-4 on ITK takes the qform of what is written, which is then off
 # by up to 0.1 mm in a head.
 RIGHT_ANGLE = 1e-3
@@ -82,7 +85,8 @@ def load_labels(path: Source, like: Volume | None = None, *, placed: bool = Fals
 
     Raises:
       InputError: as for `load_image` (constant labels are allowed), a value is not a whole number that int32 can hold,
-        or the lattice differs from that of `like` (in shape, or by more than 0.001 mm at a corner).
+        or the lattice differs from that of `like` (in shape, or at a corner by more than 0.001 mm or a tenth of a
+        voxel).
     """
     array, affine, path, stored_affine = _read(path, placed=placed)
     _check_finite(array, path)
@@ -129,7 +133,7 @@ def load_vectors(path: str | Path) -> tuple[Float[np.ndarray, "X Y Z 3"], Float[
         raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
     if vectors.ndim != 5 or vectors.shape[3:] != (1, 3):
         raise InputError(f"{path}: a field of vectors has the shape (X, Y, Z, 1, 3), not {vectors.shape}")
-    return vectors[:, :, :, 0], _check_affine(image.affine, path), intent
+    return vectors[:, :, :, 0], _check_affine(_in_mm(image.affine, image.header), path), intent
 
 
 def check_right_angles(volume: Volume) -> None:
@@ -255,13 +259,19 @@ def _read(
         raise InputError(f"{path}: one three-dimensional volume is needed, not an array of shape {image.shape}")
     if placed and not (image.header["sform_code"] or image.header["qform_code"]):
         raise InputError(f"{path}: its header has no affine (sform and qform are unset): where it lies is unknown")
-    affine = _check_affine(image.affine, path)
+    affine = stored_affine = _check_affine(_in_mm(image.affine, image.header), path)
     if placed:
         _warn_of_two_places(image, path)
     array = array.reshape(image.shape[:3])
     orientation = nib.io_orientation(affine)
     affine = affine @ nib.orientations.inv_ornt_aff(orientation, array.shape)
-    return nib.apply_orientation(array, orientation), affine, path, np.asarray(image.affine, np.float64)
+    return nib.apply_orientation(array, orientation), affine, path, stored_affine
+
+
+def _in_mm(affine: Num[np.ndarray, "4 4"], header: nib.Nifti1Header) -> Float64[np.ndarray, "4 4"]:
+    """An affine in the header's unit of length as voxel -> RAS mm."""
+    unit_mm = UNITS_MM.get(int(header["xyzt_units"]) & 7, 1.0)  # The bits above are the unit of time.
+    return affine * np.array([[unit_mm]] * 3 + [[1.0]])
 
 
 def _check_affine(affine: Float[np.ndarray, "4 4"], path: Path) -> Float[np.ndarray, "4 4"]:
@@ -277,7 +287,7 @@ def _warn_of_two_places(image: nib.Nifti1Pair, path: Path) -> None:
     if not (image.header["sform_code"] and image.header["qform_code"]):
         return
     try:
-        sform, qform = image.header.get_sform(), image.header.get_qform()
+        sform, qform = (_in_mm(form, image.header) for form in (image.header.get_sform(), image.header.get_qform()))
     except Exception:  # A qform that cannot be read is not in use.
         return
     distance_mm = _distance_mm(image.shape[:3], sform, qform)
@@ -309,7 +319,7 @@ def _check_lattice(labels: Volume, image: Volume) -> None:
             f"{labels.path}: its shape {labels.array.shape} is not {image.array.shape}, that of its image {image.path}"
         )
     distance_mm = _distance_mm(image.array.shape, labels.affine, image.affine)
-    if distance_mm > LATTICE_TOLERANCE_MM:
+    if distance_mm > min(LATTICE_TOLERANCE_MM, geometry.spacing(image.affine).min() / 10):
         raise InputError(
             f"{labels.path}: its voxels lie up to {distance_mm:.3g} mm from those of its image {image.path}; "
             "resample the labels to the image"

@@ -278,6 +278,22 @@ def test_simpleitks_own_field_and_both_intents_are_read(tmp_path):
     np.testing.assert_allclose(itk.load_displacement(tmp_path / "ras.nii")[0], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("unit", ["meter", "micron"])
+def test_a_field_on_a_lattice_in_another_unit_is_the_map_that_simpleitk_reads(tmp_path, unit):
+    vectors = np.random.default_rng(7).normal(size=(5, 4, 6, 1, 3)).astype(np.float32)
+    image = nib.Nifti1Image(vectors, AFFINES["oblique"])
+    image.set_qform(image.affine, 1)
+    image.header.set_intent(1007)
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "field.nii")
+    transform = sitk.DisplacementFieldTransform(sitk.ReadImage(str(tmp_path / "field.nii"), sitk.sitkVectorFloat64))
+    _, affine = itk.load_displacement(tmp_path / "field.nii")
+    points_mm = geometry.voxel_to_world(np.random.default_rng(8).uniform(0, [4, 3, 5], (50, 3)), affine)
+    expected = by_sitk(transform, points_mm)
+    assert np.linalg.norm(expected - points_mm, axis=1).min() > 0.1
+    np.testing.assert_allclose(itk.apply(itk.read(tmp_path / "field.nii"), points_mm), expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("array_shape", "intent"), [((4, 5, 6, 3), 1007), ((4, 5, 6, 1, 3), 0), ((4, 5, 6, 1, 2), 1007)]
 )
