@@ -205,6 +205,11 @@ def save(
     content = image.to_bytes()
     if path.suffix == ".gz":
         content = isal_zlib.compress(content, 2, GZIP)
+    write_whole(path, content)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file of any format, or none; its folder is made when missing. InputError: it cannot be written."""
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(content)

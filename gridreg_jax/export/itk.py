@@ -12,6 +12,7 @@ files.
 """
 
 import dataclasses
+import io
 import math
 import struct
 from collections.abc import Sequence
@@ -24,7 +25,6 @@ from scipy import ndimage
 from gridreg_jax import geometry
 from gridreg_jax.data import nifti
 from gridreg_jax.errors import InputError
-from gridreg_jax.files import replacing
 from gridreg_jax.transforms.certificate import uniform_weights
 from gridreg_jax.transforms.interpolation import check_grid_size
 
@@ -244,8 +244,7 @@ def write_tfm(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
         if transform.type != COMPOSITE:
             lines.append(f"Parameters: {_decimals(transform.parameters)}")
             lines.append(f"FixedParameters: {_decimals(transform.fixed_parameters)}")
-    path = _checked(path, ".tfm", ".txt")
-    _store(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+    nifti.write_whole(_checked(path, ".tfm", ".txt"), ("\n".join(lines) + "\n").encode())
 
 
 def write_mat(path: str | Path, transform: ItkTransform) -> None:
@@ -259,8 +258,7 @@ def write_mat(path: str | Path, transform: ItkTransform) -> None:
         # Type 0 is little-endian double; then rows, columns, no imaginary part, length of the name.
         content += struct.pack("<5i", 0, len(values), 1, 0, len(name) + 1) + name.encode() + b"\0"
         content += values.astype("<f8").tobytes()
-    path = _checked(path, ".mat")
-    _store(path, lambda temporary: temporary.write_bytes(content))
+    nifti.write_whole(_checked(path, ".mat"), content)
 
 
 def write_h5(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
@@ -269,19 +267,17 @@ def write_h5(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
     Raises:
       InputError: h5py is missing, another suffix, no transform, or the file cannot be written.
     """
-    h5py = _h5py()
-
-    def write(temporary):
-        with h5py.File(temporary, "w") as file:
-            for number, transform in enumerate(_with_composite(transforms)):
-                group = file.create_group(f"TransformGroup/{number}")
-                # ITK reads strings of variable length in ASCII only.
-                group.create_dataset("TransformType", data=[transform.type], dtype=h5py.string_dtype("ascii"))
-                if transform.type != COMPOSITE:
-                    group["TransformParameters"] = transform.parameters
-                    group["TransformFixedParameters"] = transform.fixed_parameters
-
-    _store(_checked(path, ".h5", ".hdf5"), write)
+    h5py, path = _h5py(), _checked(path, ".h5", ".hdf5")
+    content = io.BytesIO()  # What goes wrong on a disk, h5py does not tell as an OSError.
+    with h5py.File(content, "w") as file:
+        for number, transform in enumerate(_with_composite(transforms)):
+            group = file.create_group(f"TransformGroup/{number}")
+            # ITK reads strings of variable length in ASCII only.
+            group.create_dataset("TransformType", data=[transform.type], dtype=h5py.string_dtype("ascii"))
+            if transform.type != COMPOSITE:
+                group["TransformParameters"] = transform.parameters
+                group["TransformFixedParameters"] = transform.fixed_parameters
+    nifti.write_whole(path, content.getvalue())
 
 
 def write(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
@@ -650,14 +646,6 @@ def _checked(path: str | Path, *suffixes: str) -> Path:
     if not str(path).endswith(suffixes):
         raise InputError(f"{path}: the name must end in {' or '.join(suffixes)}")
     return Path(path)
-
-
-def _store(path: Path, write) -> None:
-    try:
-        with replacing(path) as temporary:
-            write(temporary)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _h5py():

@@ -349,6 +349,24 @@ def test_wrong_arguments_are_named(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["folder.tfm"]
 
 
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".nii.gz"])
+def test_a_disk_that_is_full_is_told_in_one_line(tmp_path, suffix):
+    resource, path = pytest.importorskip("resource"), tmp_path / f"map{suffix}"
+    write, *content = itk.write, [itk.bspline_transform(random_grid("bspline"), SHAPE, np.eye(4))]
+    if suffix == ".nii.gz":
+        write, *content = itk.save_displacement, np.random.default_rng(9).normal(size=(20, 20, 20, 3)), np.eye(4)
+    if suffix == ".h5":
+        pytest.importorskip("h5py")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # To write more fails in the same way.
+    try:
+        with pytest.raises(InputError, match=rf"map\{suffix}: cannot be written \(File too large\)$"):
+            write(path, *content)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("kind", "count", "fixed", "message"),
     [
