@@ -194,6 +194,8 @@ def _apply(options: argparse.Namespace) -> None:
     from gridreg_jax.registration.register import pull
     from gridreg_jax.registration.results import write_points
 
+    if options.points and not options.out.lower().endswith(".csv"):
+        raise InputError(f"{options.out}: points are written as .csv")
     transforms = itk.read(options.transform)
     if options.points:
         points = nifti.load_landmarks(options.points)

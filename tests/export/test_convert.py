@@ -1,4 +1,4 @@
-"""`gridreg convert` against SimpleITK: what it writes is the same map, or leads back to where that began."""
+"""`gridreg convert` and `apply` against SimpleITK: what they write is the same map, or leads back to its beginning."""
 
 import re
 import warnings
@@ -221,3 +221,15 @@ def test_no_mat_holds_a_composite_with_a_grid(tmp_path):
     with pytest.raises(InputError, match="no transform"):
         itk.write(tmp_path / "again.mat", [])
     assert not list(tmp_path.iterdir())
+
+
+def test_points_are_written_as_csv_only(tmp_path, capsys):
+    itk.write_tfm(tmp_path / "map.tfm", [itk.affine_transform(MATRIX)])
+    (tmp_path / "points.csv").write_text("id,x,y,z\n4,10,11,12\n")
+    command = ["apply", "--transform", str(tmp_path / "map.tfm"), "--points", str(tmp_path / "points.csv"), "--out"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, str(tmp_path / "out.nii.gz")])
+    assert re.fullmatch(r"\S*error: \S*out.nii.gz: points are written as \.csv\n", capsys.readouterr().err)
+    assert not (tmp_path / "out.nii.gz").exists()
+    main([*command, str(tmp_path / "out.CSV")])
+    np.testing.assert_allclose(nifti.load_landmarks(tmp_path / "out.CSV")[4], MATRIX[:3] @ [10, 11, 12, 1], atol=1e-6)
