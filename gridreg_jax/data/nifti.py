@@ -110,11 +110,15 @@ def load_landmarks(path: str | Path) -> dict[int, Float[np.ndarray, "3"]]:
         of labels, of which each value but 0 is an id, and the centroid of its voxels the position.
 
     Raises:
-      InputError: a column is missing, a cell is not a finite number, an id is there twice, there is no landmark; for
-        NIfTI as for `load_labels`.
+      InputError: another suffix; a column is missing or there twice, a cell is not a finite number, an id is there
+        twice, there is no landmark; for NIfTI as for `load_labels`.
     """
     path = Path(path)
-    return _landmarks_of_csv(path) if path.suffix.lower() == ".csv" else _landmarks_of_blobs(path)
+    if path.suffix.lower() == ".csv":
+        return _landmarks_of_csv(path)
+    if not path.name.lower().endswith((".nii", ".nii.gz", ".hdr", ".img")):
+        raise InputError(f"{path}: landmarks are read from .csv (x, y, z: RAS mm), or as blobs from .nii, .nii.gz")
+    return _landmarks_of_blobs(path)
 
 
 def load_vectors(path: str | Path) -> tuple[Float[np.ndarray, "X Y Z 3"], Float[np.ndarray, "4 4"], int]:

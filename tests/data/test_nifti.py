@@ -317,12 +317,19 @@ def test_landmarks_of_a_csv_without_ids_count_from_one(tmp_path):
         ("id,x,y,z\na,1,2,3\n", "row 2.*whole number"),
         ("id,x,y,z\n1,1,2,3\n1,1,2,3\n", "row 3: id 1 is there twice"),
         ("x,y,z\n", "empty"),
+        ("x,y,z,x\n1,2,3,4\n", "column 'x' is there 2 times"),
     ],
 )
 def test_bad_landmark_csv_is_refused(tmp_path, text, message):
     (tmp_path / "points.csv").write_text(text)
     with pytest.raises(InputError, match=f"points.csv: .*{message}"):
         nifti.load_landmarks(tmp_path / "points.csv")
+
+
+def test_landmarks_in_a_file_of_another_name_are_told_theirs(tmp_path):
+    (tmp_path / "points.fcsv").write_text("x,y,z\n1,2,3\n")
+    with pytest.raises(InputError, match=r"points.fcsv: landmarks are read from \.csv .* or as blobs from \.nii"):
+        nifti.load_landmarks(tmp_path / "points.fcsv")
 
 
 def test_landmarks_of_blobs_are_centroids_in_world_mm(tmp_path):
