@@ -319,7 +319,8 @@ def _distance_mm(shape: tuple[int, int, int], affine: np.ndarray, other: np.ndar
 def _check_finite(array: Num[np.ndarray, "X Y Z"], path: Path) -> None:
     count = array.size - np.isfinite(array).sum()
     if count:
-        raise InputError(f"{path}: {count} of {array.size} voxels are not finite (NaN or infinite)")
+        what = "NaN, infinite or beyond the range of float32"
+        raise InputError(f"{path}: {count} of {array.size} voxels are not finite ({what})")
 
 
 def _check_lattice(labels: Volume, image: Volume) -> None:
