@@ -204,10 +204,12 @@ def _apply(options: argparse.Namespace) -> None:
         return
     if not options.reference:
         raise InputError("--reference is missing: the image whose lattice the result has")
-    load = functools.partial(nifti.load_image, placed=True, constant=True)
-    reference = load(options.reference)
+    reference = nifti.load_lattice(options.reference)
     nifti.check_right_angles(reference)
-    volume = nifti.load_labels(options.labels, placed=True) if options.labels else load(options.image)
+    if options.labels:
+        volume = nifti.load_labels(options.labels, placed=True)
+    else:
+        volume = nifti.load_image(options.image, placed=True, constant=True)
     displacement = itk.displacement(transforms, reference.array.shape, reference.affine)
     matrix = np.linalg.inv(volume.affine) @ reference.affine
     warped = pull(volume, displacement, matrix, labels=bool(options.labels))
@@ -230,7 +232,7 @@ def _convert(options: argparse.Namespace) -> None:
         if not options.reference:
             side = ", in the moving image's space" if options.inverse else ""
             raise InputError(f"--reference is missing: the image whose lattice the displacement has{side}")
-        reference = nifti.load_image(options.reference, placed=True, constant=True)
+        reference = nifti.load_lattice(options.reference)
         nifti.check_right_angles(reference)
         shape, affine = reference.array.shape, reference.affine
     if search:

@@ -102,6 +102,15 @@ def load_labels(path: Source, like: Volume | None = None, *, placed: bool = Fals
     return volume
 
 
+def load_lattice(path: Source) -> Volume:
+    """The lattice of a NIfTI file, whatever its values: a volume of zeros. Axes after the third do not count.
+
+    Raises:
+      InputError: as for `load_image` with `placed`, as far as the header tells.
+    """
+    return Volume(*_read(path, placed=True, values=False))
+
+
 def load_landmarks(path: str | Path) -> dict[int, Float[np.ndarray, "3"]]:
     """World positions (RAS mm) of landmarks by their id: equal ids are the same point in two images.
 
@@ -241,9 +250,9 @@ def _as_image(array, affine) -> nib.Nifti1Image:
 
 
 def _read(
-    source: Source, *, placed: bool = False
+    source: Source, *, placed: bool = False, values: bool = True
 ) -> tuple[Num[np.ndarray, "X Y Z"], Float[np.ndarray, "4 4"], Path, Float[np.ndarray, "4 4"]]:
-    """Array in the file's (scaled) numbers and affine, both in RAS order; the file's name and its own affine."""
+    """Array in scaled numbers (or of zeros) and affine, both in RAS order; the file's name and its own affine."""
     if isinstance(source, (tuple, list)):
         source = _as_image(*source) if len(source) == 2 else source
     if not isinstance(source, (str, os.PathLike, nib.spatialimages.SpatialImage)):
@@ -252,10 +261,10 @@ def _read(
     path = Path(source.get_filename() or "the array") if in_memory else existing_file(source)
     try:
         image = source if in_memory else nib.load(path)
-        if not in_memory and path.suffix == ".gz" and isinstance(image, nib.Nifti1Image):
+        if values and not in_memory and path.suffix == ".gz" and isinstance(image, nib.Nifti1Image):
             # To the very end, where the checksum is; nibabel stops at the last voxel.
             image = type(image).from_bytes(igzip.decompress(path.read_bytes()))
-        array = np.asanyarray(image.dataobj)
+        array = np.asanyarray(image.dataobj) if values else np.broadcast_to(np.float32(0), image.shape[:3])
     except Exception as error:  # A damaged file can raise anything: OSError, EOFError, zlib.error, HeaderDataError, …
         raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
     if not isinstance(image, nib.Nifti1Pair):
@@ -264,7 +273,7 @@ def _read(
         raise InputError(f"{path}: voxels must be single real numbers, not {array.dtype}")
     if 0 in image.shape:
         raise InputError(f"{path}: the volume is empty, of shape {image.shape}")
-    if len(image.shape) < 3 or any(size != 1 for size in image.shape[3:]):
+    if len(image.shape) < 3 or (values and any(size != 1 for size in image.shape[3:])):
         raise InputError(f"{path}: one three-dimensional volume is needed, not an array of shape {image.shape}")
     if placed and not (image.header["sform_code"] or image.header["qform_code"]):
         raise InputError(f"{path}: its header has no affine (sform and qform are unset): where it lies is unknown")

@@ -233,3 +233,30 @@ def test_points_are_written_as_csv_only(tmp_path, capsys):
     assert not (tmp_path / "out.nii.gz").exists()
     main([*command, str(tmp_path / "out.CSV")])
     np.testing.assert_allclose(nifti.load_landmarks(tmp_path / "out.CSV")[4], MATRIX[:3] @ [10, 11, 12, 1], atol=1e-6)
+
+
+REFERENCES = {
+    "not finite": np.full(SHAPE, np.nan, np.float32),
+    "colours": np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")]),
+    "complex": np.zeros(SHAPE, np.complex64),
+    "a series": np.zeros((*SHAPE, 3), np.float32),
+    "vectors": np.zeros((*SHAPE, 1, 3), np.float32),
+}
+
+
+@pytest.mark.parametrize("array", REFERENCES.values(), ids=REFERENCES)
+def test_of_a_reference_only_the_lattice_counts(tmp_path, array):
+    affine = AFFINES["oblique"] @ nib.affines.from_matvec(np.diag([-1, 1, 1]), [SHAPE[0] - 1, 0, 0])
+    itk.write_tfm(tmp_path / "map.tfm", TRANSFORMS["spline"])
+    nifti.save(tmp_path / "image.nii", np.random.default_rng(5).normal(size=SHAPE), AFFINES["oblique"])
+    image = nib.Nifti1Image(array, affine)
+    image.set_qform(affine, 1)
+    nib.save(image, tmp_path / "other.nii.gz")
+    for command in ("apply --image image.nii --transform map.tfm", "convert map.tfm"):
+        command = [str(tmp_path / word) if "." in word else word for word in command.split()]
+        for reference, out in ((write_reference(tmp_path, affine), "expected"), (tmp_path / "other.nii.gz", "found")):
+            main([*command, "--reference", str(reference), "--out", str(tmp_path / f"{out}.nii.gz")])
+        expected, found = (nib.load(tmp_path / f"{name}.nii.gz") for name in ("expected", "found"))
+        assert expected.get_fdata().std() > 0.2
+        np.testing.assert_array_equal(found.get_fdata(), expected.get_fdata())
+        np.testing.assert_allclose(found.affine, affine, atol=1e-5)
