@@ -14,11 +14,11 @@ files.
 import dataclasses
 import io
 import math
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import scipy.io
 from jaxtyping import Array, Bool, Float, Float32, Float64, Num
 from scipy import ndimage
 
@@ -253,12 +253,10 @@ def write_mat(path: str | Path, transform: ItkTransform) -> None:
     Raises:
       InputError: another suffix, or the file cannot be written.
     """
-    content = b""
-    for name, values in ((transform.type, transform.parameters), ("fixed", transform.fixed_parameters)):
-        # Type 0 is little-endian double; then rows, columns, no imaginary part, length of the name.
-        content += struct.pack("<5i", 0, len(values), 1, 0, len(name) + 1) + name.encode() + b"\0"
-        content += values.astype("<f8").tobytes()
-    nifti.write_whole(_checked(path, ".mat"), content)
+    content, path = io.BytesIO(), _checked(path, ".mat")
+    columns = {transform.type: transform.parameters[:, None], "fixed": transform.fixed_parameters[:, None]}
+    scipy.io.savemat(content, columns, format="4")
+    nifti.write_whole(path, content.getvalue())
 
 
 def write_h5(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
@@ -386,18 +384,12 @@ def read_tfm(path: str | Path) -> list[ItkTransform]:
 def read_mat(path: str | Path) -> list[ItkTransform]:
     """The transform of a MATLAB 4 file of ITK's or ANTs', in a list as for the other formats. Errors as `read_tfm`."""
     path = nifti.existing_file(path)
-    content, arrays, start = path.read_bytes(), [], 0
+    content = io.BytesIO(path.read_bytes())
     try:
-        while start < len(content):
-            kind, rows, columns, _, length = struct.unpack_from("<5i", content, start)
-            dtype = np.dtype({0: "<f8", 10: "<f4"}[kind])
-            name = content[start + 20 : start + 20 + length].rstrip(b"\0").decode("ascii")
-            start += 20 + length
-            arrays.append((name, np.frombuffer(content, dtype, rows * columns, start).astype(np.float64)))
-            start += rows * columns * dtype.itemsize
-        (kind, parameters), (_, fixed_parameters) = arrays
-    except (ValueError, LookupError, struct.error) as error:
-        raise InputError(f"{path}: is no MATLAB 4 file of an ITK transform, or damaged ({error})") from error
+        (kind, parameters), (_, fixed_parameters) = scipy.io.loadmat(content).items()
+        parameters, fixed_parameters = (part.ravel().astype(np.float64) for part in (parameters, fixed_parameters))
+    except Exception as error:  # A damaged file can raise anything: ValueError, TypeError, IndexError, MatReadError, …
+        raise InputError(f"{path}: is no MATLAB 4 file of an ITK transform, or damaged") from error
     if kind.startswith("CompositeTransform"):
         raise InputError(f"{path}: a .mat file does not say what a composite is made of: write it as .tfm or .h5")
     return [ItkTransform(kind, parameters, fixed_parameters)]
