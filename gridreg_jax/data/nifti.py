@@ -5,11 +5,13 @@ up, whatever the file's own order; the affine follows, and no world position cha
 the header names.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -139,11 +141,9 @@ def load_vectors(path: str | Path) -> tuple[Float[np.ndarray, "X Y Z 3"], Float[
       InputError: there is no such file, it is damaged or not NIfTI, or of another shape.
     """
     path = existing_file(path)
-    try:
+    with _reading(path):
         image = nib.load(path)
         vectors, intent = image.get_fdata(), int(image.header["intent_code"])
-    except Exception as error:  # As in `_read`.
-        raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
     if vectors.ndim != 5 or vectors.shape[3:] != (1, 3):
         raise InputError(f"{path}: a field of vectors has the shape (X, Y, Z, 1, 3), not {vectors.shape}")
     return vectors[:, :, :, 0], _check_affine(_in_mm(image.affine, image.header), path), intent
@@ -186,11 +186,9 @@ def as_stored(
 def describe(path: str | Path) -> tuple[tuple[int, ...], int]:
     """Shape and intent code of a NIfTI file, whatever it holds. Errors as for `load_vectors`."""
     path = existing_file(path)
-    try:
+    with _reading(path):
         image = nib.load(path)
         return image.shape, int(image.header["intent_code"])
-    except Exception as error:  # As in `_read`.
-        raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
 
 
 def save(
@@ -238,6 +236,14 @@ def existing_file(path: str | Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # A damaged file can raise anything: OSError, EOFError, zlib.error, HeaderDataError, …
+        raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
+
+
 def _as_image(array, affine) -> nib.Nifti1Image:
     array, affine = np.asarray(array), np.asarray(affine)
     if affine.shape != (4, 4) or affine.dtype.kind not in "iuf":
@@ -259,14 +265,12 @@ def _read(
         raise InputError(f"an image is a path, an image of nibabel's, or (array, affine), not {type(source).__name__}")
     in_memory = isinstance(source, nib.spatialimages.SpatialImage)
     path = Path(source.get_filename() or "the array") if in_memory else existing_file(source)
-    try:
+    with _reading(path):
         image = source if in_memory else nib.load(path)
         if values and not in_memory and path.suffix == ".gz" and isinstance(image, nib.Nifti1Image):
             # To the very end, where the checksum is; nibabel stops at the last voxel.
             image = type(image).from_bytes(igzip.decompress(path.read_bytes()))
         array = np.asanyarray(image.dataobj) if values else np.broadcast_to(np.float32(0), image.shape[:3])
-    except Exception as error:  # A damaged file can raise anything: OSError, EOFError, zlib.error, HeaderDataError, …
-        raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
     if not isinstance(image, nib.Nifti1Pair):
         raise InputError(f"{path}: is {type(image).__name__}, not NIfTI")
     if array.dtype.kind not in "iuf":
