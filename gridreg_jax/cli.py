@@ -190,11 +190,13 @@ def _apply(options: argparse.Namespace) -> None:
     import numpy as np
 
     from gridreg_jax.data import nifti
-    from gridreg_jax.export import itk
+    from gridreg_jax.export import itk, itk_files
     from gridreg_jax.registration.register import pull
     from gridreg_jax.registration.results import write_points
 
-    transforms = itk.read(options.transform)
+    if options.points and not options.out.lower().endswith(".csv"):
+        raise InputError(f"{options.out}: points are written as .csv")
+    transforms = itk_files.read(options.transform)
     if options.points:
         points = nifti.load_landmarks(options.points)
         mapped = itk.apply(transforms, np.array(list(points.values())))
@@ -202,10 +204,12 @@ def _apply(options: argparse.Namespace) -> None:
         return
     if not options.reference:
         raise InputError("--reference is missing: the image whose lattice the result has")
-    load = functools.partial(nifti.load_image, placed=True, constant=True)
-    reference = load(options.reference)
+    reference = nifti.load_lattice(options.reference)
     nifti.check_right_angles(reference)
-    volume = nifti.load_labels(options.labels, placed=True) if options.labels else load(options.image)
+    if options.labels:
+        volume = nifti.load_labels(options.labels, placed=True)
+    else:
+        volume = nifti.load_image(options.image, placed=True, constant=True)
     displacement = itk.displacement(transforms, reference.array.shape, reference.affine)
     matrix = np.linalg.inv(volume.affine) @ reference.affine
     warped = pull(volume, displacement, matrix, labels=bool(options.labels))
@@ -217,18 +221,18 @@ def _convert(options: argparse.Namespace) -> None:
     import numpy as np
 
     from gridreg_jax.data import nifti
-    from gridreg_jax.export import itk
+    from gridreg_jax.export import itk, itk_files
     from gridreg_jax.export.inverse import invert
 
     dense = (".nii", ".nii.gz")
-    itk.check_suffix(options.out, *dense)
-    transforms = itk.read(options.transform)
+    itk_files.check_suffix(options.out, *dense)
+    transforms = itk_files.read(options.transform)
     search = options.inverse and any(transform.type != itk.AFFINE for transform in transforms)
     if search or options.out.endswith(dense):
         if not options.reference:
             side = ", in the moving image's space" if options.inverse else ""
             raise InputError(f"--reference is missing: the image whose lattice the displacement has{side}")
-        reference = nifti.load_image(options.reference, placed=True, constant=True)
+        reference = nifti.load_lattice(options.reference)
         nifti.check_right_angles(reference)
         shape, affine = reference.array.shape, reference.affine
     if search:
@@ -240,10 +244,10 @@ def _convert(options: argparse.Namespace) -> None:
     elif options.inverse:
         transforms = [itk.affine_transform(np.linalg.inv(itk.affine_matrix(transforms)))]
     if not options.out.endswith(dense):
-        itk.write(options.out, transforms)
+        itk_files.write(options.out, transforms)
         return
     displacement_mm = itk.displacement(transforms, shape, affine) @ affine[:3, :3].T.astype(np.float32)
-    itk.save_displacement(options.out, *nifti.as_stored(displacement_mm, reference))
+    itk_files.save_displacement(options.out, *nifti.as_stored(displacement_mm, reference))
 
 
 def _inspect(options: argparse.Namespace) -> None:

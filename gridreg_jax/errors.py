@@ -4,5 +4,5 @@
 class InputError(ValueError):
     """What the user gave is wrong: the message says what, where, and what would be right.
 
-    The doorways (`train.py`, `eval.py`) print it as one line and exit with status 2.
+    The doorways (`train.py`, `eval.py`) and the command `gridreg` print it as one line and exit with status 2.
     """

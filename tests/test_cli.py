@@ -14,7 +14,7 @@ from scipy import ndimage
 from gridreg_jax import __version__
 from gridreg_jax.cli import _course, main
 from gridreg_jax.data import nifti
-from gridreg_jax.export import itk
+from gridreg_jax.export import itk, itk_files
 from gridreg_jax.registration import deformable
 
 SHAPE = (24, 26, 22)
@@ -57,7 +57,7 @@ def files(tmp_path_factory, write_nifti):
     (folder / "bad.tfm").write_text("nothing")
     control_grid = np.random.default_rng(1).normal(size=(5, 5, 5, 3))
     spline = itk.bspline_transform(control_grid, SHAPE, np.eye(4))
-    itk.write_tfm(folder / "spline.tfm", [itk.affine_transform(np.eye(4)), spline])
+    itk_files.write_tfm(folder / "spline.tfm", [itk.affine_transform(np.eye(4)), spline])
     return folder
 
 
@@ -108,7 +108,7 @@ def test_apply_to_points(files):
     main(command(files, "apply --transform spline.tfm --points points.csv --out mapped.csv"))
     (mapped,) = nifti.load_landmarks(files / "mapped.csv").items()
     assert mapped[0] == 4
-    expected = itk.apply(itk.read_tfm(files / "spline.tfm"), np.array([[10.0, 11, 12]]))[0]
+    expected = itk.apply(itk_files.read_tfm(files / "spline.tfm"), np.array([[10.0, 11, 12]]))[0]
     np.testing.assert_allclose(mapped[1], expected, atol=1e-5)
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from gridreg_jax.export import itk
+from gridreg_jax.export import itk, itk_files
 
 
 def register(folder: Path, settings: str, threads: int) -> tuple[Path, Callable]:
@@ -22,4 +22,4 @@ def register(folder: Path, settings: str, threads: int) -> tuple[Path, Callable]
     images = (ants.image_read(str(folder / f"{side}.nii")) for side in ("fixed", "moving"))
     result = ants.registration(*images, type_of_transform=settings, outprefix=str(folder / "ants"))
     warp, matrix = result["fwdtransforms"]
-    return Path(warp), functools.partial(itk.apply, itk.read(matrix))
+    return Path(warp), functools.partial(itk.apply, itk_files.read(matrix))

@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32
 from gridreg_jax import geometry
 from gridreg_jax.data import nifti
 from gridreg_jax.errors import InputError
-from gridreg_jax.export.itk import load_displacement
+from gridreg_jax.export.itk_files import load_displacement
 from gridreg_jax.files import replacing
 
 # Part of every cache key: raise it with every change of how a program is called or its result is read.

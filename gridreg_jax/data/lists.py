@@ -7,6 +7,7 @@ known are ignored. Rows are counted as a spreadsheet does: the header is row 1.
 import csv
 import dataclasses
 import difflib
+import itertools
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,30 +108,27 @@ def read_table(
       optional: columns that may be there; a column that looks like a misspelt one of them is an error.
 
     Raises:
-      InputError: there is no such file, it is not such text, a required column is missing, a row has more cells than
-        the header, or no row is left.
+      InputError: there is no such file, it is not such text, a required column is missing, a column is there twice, a
+        row has more cells than the header, or no row is left.
     """
     try:
         with open(csv_path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restkey="")
-            columns = [(name or "").strip() for name in reader.fieldnames or []]
-            reader.fieldnames = columns
-            rows = [(reader.line_num, row) for row in reader]
+            reader = csv.reader(file)
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except OSError as error:
         raise InputError(f"{csv_path}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{csv_path}: is not a CSV file in UTF-8 ({error})") from error
 
+    (_, columns), *rows = [(number, row) for number, row in rows if any(row)] or [(1, [])]
     _check_columns(csv_path, columns, required=required, optional=optional)
     table = []
     for number, row in rows:
-        if isinstance(row.get(""), list):
+        if len(row) > len(columns):
             raise InputError(
                 f"{csv_path}: row {number}: more cells than the header's {len(columns)}; quote text that has a comma"
             )
-        cells = {name: (value or "").strip() for name, value in row.items()}
-        if any(cells.values()):
-            table.append((number, cells))
+        table.append((number, dict(itertools.zip_longest(columns, row, fillvalue=""))))
     if not table:
         raise InputError(f"{csv_path}: the list is empty: a header and at least one row are needed")
     return table
@@ -145,6 +143,9 @@ def _check_columns(csv_path, columns: list[str], *, required: Sequence[str], opt
             hint = f"; should '{near[0]}' be '{name}'?" if near else ""
             needed = ", ".join(required)
             raise InputError(f"{csv_path}: column '{name}' is missing (needed: {needed}; found: {found}){hint}")
+    for name in (*required, *optional):
+        if columns.count(name) > 1:
+            raise InputError(f"{csv_path}: column '{name}' is there {columns.count(name)} times")
     # A misspelt optional column would be ignored in silence, and every label with it.
     for name in unknown:
         near = difflib.get_close_matches(name, [other for other in optional if other not in columns], n=1, cutoff=0.85)

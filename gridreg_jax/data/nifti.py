@@ -1,20 +1,23 @@
 """Reading and writing images, labels and landmarks: the only place where NIfTI is read.
 
 What is read comes in the closest RAS orientation, so that array axes 0, 1, 2 run (about) to the right, to the front and
-up, whatever the file's own order; the affine follows, and no world position changes.
+up, whatever the file's own order; the affine follows, and no world position changes. Lengths are in mm, whatever unit
+the header names.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
-from jaxtyping import Float, Float32, Int32, Num, Shaped
+from jaxtyping import Float, Float32, Float64, Int32, Num, Shaped
 from scipy import ndimage
 
 from gridreg_jax import geometry
@@ -23,6 +26,8 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.files import replacing
 
 LATTICE_TOLERANCE_MM = 1e-3
+# The unit of length by its code in a header, where it is not the millimetre; one that is unknown is, as for ITK.
+UNITS_MM = {1: 1e3, 3: 1e-3}
 # Cosine of the angle that passes as a right one. From 1e-4 on ITK takes the qform of what is written, which is then off
 # by up to 0.1 mm in a head.
 RIGHT_ANGLE = 1e-3
@@ -82,7 +87,8 @@ def load_labels(path: Source, like: Volume | None = None, *, placed: bool = Fals
 
     Raises:
       InputError: as for `load_image` (constant labels are allowed), a value is not a whole number that int32 can hold,
-        or the lattice differs from that of `like` (in shape, or by more than 0.001 mm at a corner).
+        or the lattice differs from that of `like` (in shape, or at a corner by more than 0.001 mm or a tenth of a
+        voxel).
     """
     array, affine, path, stored_affine = _read(path, placed=placed)
     _check_finite(array, path)
@@ -98,6 +104,15 @@ def load_labels(path: Source, like: Volume | None = None, *, placed: bool = Fals
     return volume
 
 
+def load_lattice(path: Source) -> Volume:
+    """The lattice of a NIfTI file, whatever its values: a volume of zeros. Axes after the third do not count.
+
+    Raises:
+      InputError: as for `load_image` with `placed`, as far as the header tells.
+    """
+    return Volume(*_read(path, placed=True, values=False))
+
+
 def load_landmarks(path: str | Path) -> dict[int, Float[np.ndarray, "3"]]:
     """World positions (RAS mm) of landmarks by their id: equal ids are the same point in two images.
 
@@ -106,11 +121,15 @@ def load_landmarks(path: str | Path) -> dict[int, Float[np.ndarray, "3"]]:
         of labels, of which each value but 0 is an id, and the centroid of its voxels the position.
 
     Raises:
-      InputError: a column is missing, a cell is not a finite number, an id is there twice, there is no landmark; for
-        NIfTI as for `load_labels`.
+      InputError: another suffix; a column is missing or there twice, a cell is not a finite number, an id is there
+        twice, there is no landmark; for NIfTI as for `load_labels`.
     """
     path = Path(path)
-    return _landmarks_of_csv(path) if path.suffix.lower() == ".csv" else _landmarks_of_blobs(path)
+    if path.suffix.lower() == ".csv":
+        return _landmarks_of_csv(path)
+    if not path.name.lower().endswith((".nii", ".nii.gz", ".hdr", ".img")):
+        raise InputError(f"{path}: landmarks are read from .csv (x, y, z: RAS mm), or as blobs from .nii, .nii.gz")
+    return _landmarks_of_blobs(path)
 
 
 def load_vectors(path: str | Path) -> tuple[Float[np.ndarray, "X Y Z 3"], Float[np.ndarray, "4 4"], int]:
@@ -122,14 +141,12 @@ def load_vectors(path: str | Path) -> tuple[Float[np.ndarray, "X Y Z 3"], Float[
       InputError: there is no such file, it is damaged or not NIfTI, or of another shape.
     """
     path = existing_file(path)
-    try:
+    with _reading(path):
         image = nib.load(path)
         vectors, intent = image.get_fdata(), int(image.header["intent_code"])
-    except Exception as error:  # As in `_read`.
-        raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
     if vectors.ndim != 5 or vectors.shape[3:] != (1, 3):
         raise InputError(f"{path}: a field of vectors has the shape (X, Y, Z, 1, 3), not {vectors.shape}")
-    return vectors[:, :, :, 0], _check_affine(image.affine, path), intent
+    return vectors[:, :, :, 0], _check_affine(_in_mm(image.affine, image.header), path), intent
 
 
 def check_right_angles(volume: Volume) -> None:
@@ -169,11 +186,9 @@ def as_stored(
 def describe(path: str | Path) -> tuple[tuple[int, ...], int]:
     """Shape and intent code of a NIfTI file, whatever it holds. Errors as for `load_vectors`."""
     path = existing_file(path)
-    try:
+    with _reading(path):
         image = nib.load(path)
         return image.shape, int(image.header["intent_code"])
-    except Exception as error:  # As in `_read`.
-        raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
 
 
 def save(
@@ -201,6 +216,11 @@ def save(
     content = image.to_bytes()
     if path.suffix == ".gz":
         content = isal_zlib.compress(content, 2, GZIP)
+    write_whole(path, content)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file of any format, or none; its folder is made when missing. InputError: it cannot be written."""
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(content)
@@ -216,6 +236,14 @@ def existing_file(path: str | Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # A damaged file can raise anything: OSError, EOFError, zlib.error, HeaderDataError, …
+        raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
+
+
 def _as_image(array, affine) -> nib.Nifti1Image:
     array, affine = np.asarray(array), np.asarray(affine)
     if affine.shape != (4, 4) or affine.dtype.kind not in "iuf":
@@ -228,40 +256,44 @@ def _as_image(array, affine) -> nib.Nifti1Image:
 
 
 def _read(
-    source: Source, *, placed: bool = False
+    source: Source, *, placed: bool = False, values: bool = True
 ) -> tuple[Num[np.ndarray, "X Y Z"], Float[np.ndarray, "4 4"], Path, Float[np.ndarray, "4 4"]]:
-    """Array in the file's (scaled) numbers and affine, both in RAS order; the file's name and its own affine."""
+    """Array in scaled numbers (or of zeros) and affine, both in RAS order; the file's name and its own affine."""
     if isinstance(source, (tuple, list)):
         source = _as_image(*source) if len(source) == 2 else source
     if not isinstance(source, (str, os.PathLike, nib.spatialimages.SpatialImage)):
         raise InputError(f"an image is a path, an image of nibabel's, or (array, affine), not {type(source).__name__}")
     in_memory = isinstance(source, nib.spatialimages.SpatialImage)
     path = Path(source.get_filename() or "the array") if in_memory else existing_file(source)
-    try:
+    with _reading(path):
         image = source if in_memory else nib.load(path)
-        if not in_memory and path.suffix == ".gz" and isinstance(image, nib.Nifti1Image):
+        if values and not in_memory and path.suffix == ".gz" and isinstance(image, nib.Nifti1Image):
             # To the very end, where the checksum is; nibabel stops at the last voxel.
             image = type(image).from_bytes(igzip.decompress(path.read_bytes()))
-        array = np.asanyarray(image.dataobj)
-    except Exception as error:  # A damaged file can raise anything: OSError, EOFError, zlib.error, HeaderDataError, …
-        raise InputError(f"{path}: cannot be read as NIfTI; damaged or another format? ({error})") from error
+        array = np.asanyarray(image.dataobj) if values else np.broadcast_to(np.float32(0), image.shape[:3])
     if not isinstance(image, nib.Nifti1Pair):
         raise InputError(f"{path}: is {type(image).__name__}, not NIfTI")
     if array.dtype.kind not in "iuf":
         raise InputError(f"{path}: voxels must be single real numbers, not {array.dtype}")
     if 0 in image.shape:
         raise InputError(f"{path}: the volume is empty, of shape {image.shape}")
-    if len(image.shape) < 3 or any(size != 1 for size in image.shape[3:]):
+    if len(image.shape) < 3 or (values and any(size != 1 for size in image.shape[3:])):
         raise InputError(f"{path}: one three-dimensional volume is needed, not an array of shape {image.shape}")
     if placed and not (image.header["sform_code"] or image.header["qform_code"]):
         raise InputError(f"{path}: its header has no affine (sform and qform are unset): where it lies is unknown")
-    affine = _check_affine(image.affine, path)
+    affine = stored_affine = _check_affine(_in_mm(image.affine, image.header), path)
     if placed:
         _warn_of_two_places(image, path)
     array = array.reshape(image.shape[:3])
     orientation = nib.io_orientation(affine)
     affine = affine @ nib.orientations.inv_ornt_aff(orientation, array.shape)
-    return nib.apply_orientation(array, orientation), affine, path, np.asarray(image.affine, np.float64)
+    return nib.apply_orientation(array, orientation), affine, path, stored_affine
+
+
+def _in_mm(affine: Num[np.ndarray, "4 4"], header: nib.Nifti1Header) -> Float64[np.ndarray, "4 4"]:
+    """An affine in the header's unit of length as voxel -> RAS mm."""
+    unit_mm = UNITS_MM.get(int(header["xyzt_units"]) & 7, 1.0)  # The bits above are the unit of time.
+    return affine * np.array([[unit_mm]] * 3 + [[1.0]])
 
 
 def _check_affine(affine: Float[np.ndarray, "4 4"], path: Path) -> Float[np.ndarray, "4 4"]:
@@ -277,7 +309,7 @@ def _warn_of_two_places(image: nib.Nifti1Pair, path: Path) -> None:
     if not (image.header["sform_code"] and image.header["qform_code"]):
         return
     try:
-        sform, qform = image.header.get_sform(), image.header.get_qform()
+        sform, qform = (_in_mm(form, image.header) for form in (image.header.get_sform(), image.header.get_qform()))
     except Exception:  # A qform that cannot be read is not in use.
         return
     distance_mm = _distance_mm(image.shape[:3], sform, qform)
@@ -300,7 +332,8 @@ def _distance_mm(shape: tuple[int, int, int], affine: np.ndarray, other: np.ndar
 def _check_finite(array: Num[np.ndarray, "X Y Z"], path: Path) -> None:
     count = array.size - np.isfinite(array).sum()
     if count:
-        raise InputError(f"{path}: {count} of {array.size} voxels are not finite (NaN or infinite)")
+        what = "NaN, infinite or beyond the range of float32"
+        raise InputError(f"{path}: {count} of {array.size} voxels are not finite ({what})")
 
 
 def _check_lattice(labels: Volume, image: Volume) -> None:
@@ -309,7 +342,7 @@ def _check_lattice(labels: Volume, image: Volume) -> None:
             f"{labels.path}: its shape {labels.array.shape} is not {image.array.shape}, that of its image {image.path}"
         )
     distance_mm = _distance_mm(image.array.shape, labels.affine, image.affine)
-    if distance_mm > LATTICE_TOLERANCE_MM:
+    if distance_mm > min(LATTICE_TOLERANCE_MM, geometry.spacing(image.affine).min() / 10):
         raise InputError(
             f"{labels.path}: its voxels lie up to {distance_mm:.3g} mm from those of its image {image.path}; "
             "resample the labels to the image"

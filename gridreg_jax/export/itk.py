@@ -1,36 +1,30 @@
-"""Transforms and displacement fields as ITK stores them, for SimpleITK, ANTs, 3D Slicer and others that build on it.
+"""Transforms as ITK has them, for SimpleITK, ANTs, 3D Slicer and others that build on it; `itk_files` stores them.
 
 ITK's transforms take points of the fixed image to the moving image, as displacements do here, but in LPS mm: x and y
-have the opposite sign of RAS. A control grid is stored as it is, not as a dense field: in kilobytes, and to rounding.
+have the opposite sign of RAS. A control grid is kept as it is, not as a dense field: in kilobytes, and to rounding.
 
-Of several transforms in a list, as in ITK's composite transform, the last is applied first: `y = A(x + u(x))` is stored
+Of several transforms in a list, as in ITK's composite transform, the last is applied first: `y = A(x + u(x))` is listed
 as affine, then B-spline.
 
 Source: Insight Toolkit, itkBSplineTransform, itkMatrixOffsetTransformBase, itkDisplacementFieldTransform,
-itkCompositeTransform, those in `AFFINES`, and itkTxtTransformIO, itkMatlabTransformIO, itkHDF5TransformIO for the
-files.
+itkCompositeTransform, and those in `AFFINES`.
 """
 
 import dataclasses
 import math
-import struct
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Num
 from scipy import ndimage
 
 from gridreg_jax import geometry
-from gridreg_jax.data import nifti
 from gridreg_jax.errors import InputError
-from gridreg_jax.files import replacing
 from gridreg_jax.transforms.certificate import uniform_weights
 from gridreg_jax.transforms.interpolation import check_grid_size
 
 # From RAS to LPS and back.
 FLIP = np.array([-1.0, -1.0, 1.0])
-COMPOSITE, TFM_HEADER = "CompositeTransform_double_3_3", "#Insight Transform File V1.0"
 AFFINE, BSPLINE = "AffineTransform_double_3_3", "BSplineTransform_double_3_3"
 FIELD = "DisplacementFieldTransform_double_3_3"
 # ITK's affine maps, each with its number of parameters. The fixed ones are the centre.
@@ -53,8 +47,6 @@ AFFINES = {
 FIXED_COUNTS = {"Euler3DTransform": (3, 4), "IdentityTransform": (0, 3), "TranslationTransform": (0, 3)}
 # Those that interpolate a grid, and the order of their splines.
 ORDERS = {BSPLINE: 3, FIELD: 1}
-# NIfTI's intent codes: ITK stores LPS vectors under the first and reads the second as RAS.
-VECTOR, DISPVECT = 1007, 1006
 # Voxels that are mapped at a time.
 SLAB = 2_000_000
 
@@ -232,111 +224,6 @@ def displacement(
     return result
 
 
-def write_tfm(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
-    """Writes ITK's text format (`.tfm`, `.txt`), whole or not at all; all digits, so that reading gives equal numbers.
-
-    Raises:
-      InputError: another suffix, no transform, or the file cannot be written.
-    """
-    lines = [TFM_HEADER]
-    for number, transform in enumerate(_with_composite(transforms)):
-        lines += [f"#Transform {number}", f"Transform: {transform.type}"]
-        if transform.type != COMPOSITE:
-            lines.append(f"Parameters: {_decimals(transform.parameters)}")
-            lines.append(f"FixedParameters: {_decimals(transform.fixed_parameters)}")
-    path = _checked(path, ".tfm", ".txt")
-    _store(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
-
-
-def write_mat(path: str | Path, transform: ItkTransform) -> None:
-    """Writes one transform as MATLAB 4 file (`.mat`), the format of ANTs' affines; a B-spline takes half of `.tfm`.
-
-    Raises:
-      InputError: another suffix, or the file cannot be written.
-    """
-    content = b""
-    for name, values in ((transform.type, transform.parameters), ("fixed", transform.fixed_parameters)):
-        # Type 0 is little-endian double; then rows, columns, no imaginary part, length of the name.
-        content += struct.pack("<5i", 0, len(values), 1, 0, len(name) + 1) + name.encode() + b"\0"
-        content += values.astype("<f8").tobytes()
-    path = _checked(path, ".mat")
-    _store(path, lambda temporary: temporary.write_bytes(content))
-
-
-def write_h5(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
-    """Writes ITK's HDF5 format (`.h5`, `.hdf5`), whole or not at all.
-
-    Raises:
-      InputError: h5py is missing, another suffix, no transform, or the file cannot be written.
-    """
-    h5py = _h5py()
-
-    def write(temporary):
-        with h5py.File(temporary, "w") as file:
-            for number, transform in enumerate(_with_composite(transforms)):
-                group = file.create_group(f"TransformGroup/{number}")
-                # ITK reads strings of variable length in ASCII only.
-                group.create_dataset("TransformType", data=[transform.type], dtype=h5py.string_dtype("ascii"))
-                if transform.type != COMPOSITE:
-                    group["TransformParameters"] = transform.parameters
-                    group["TransformFixedParameters"] = transform.fixed_parameters
-
-    _store(_checked(path, ".h5", ".hdf5"), write)
-
-
-def write(path: str | Path, transforms: Sequence[ItkTransform]) -> None:
-    """Writes `.tfm`, `.txt`, `.mat`, `.h5` or `.hdf5`, by the suffix. In a `.mat` several affine transforms become one.
-
-    Raises:
-      InputError: as for `check_suffix`; several transforms for a `.mat`, of which one is not affine; else as for
-        `write_tfm`, `write_mat` and `write_h5`.
-    """
-    check_suffix(path)
-    match Path(path).suffix:
-        case ".mat":
-            write_mat(path, _as_one(path, transforms))
-        case ".h5" | ".hdf5":
-            write_h5(path, transforms)
-        case _:
-            write_tfm(path, transforms)
-
-
-def check_suffix(path: str | Path, *others: str) -> None:
-    """Raises `InputError` unless a path has a suffix for `write` or one of the others, and h5py is there if needed."""
-    suffixes = (".tfm", ".txt", ".mat", ".h5", ".hdf5", *others)
-    if not str(path).endswith(suffixes):
-        raise InputError(f"{path}: a transform ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
-    if str(path).endswith((".h5", ".hdf5")):
-        _h5py()
-
-
-def read(path: str | Path) -> list[ItkTransform]:
-    """The transforms of a file of any of these formats, by its suffix, as `understood` gives them; one at least.
-
-    Raises:
-      InputError: another suffix, there is no such file, it is damaged or holds no transform, or one that is not
-        understood.
-    """
-    if not (transforms := _transforms_in(path)):
-        raise InputError(f"{path}: holds no transform: it is to list at least one")
-    try:
-        return [understood(transform) for transform in transforms]
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def _transforms_in(path: str | Path) -> list[ItkTransform]:
-    """The transforms of a file as they are there; a displacement (NIfTI) as a field of vectors."""
-    name = str(path)
-    for suffixes, reader in (((".tfm", ".txt"), read_tfm), ((".mat",), read_mat), ((".h5", ".hdf5"), read_h5)):
-        if name.endswith(suffixes):
-            return reader(path)
-    if not name.endswith((".nii", ".nii.gz")):
-        raise InputError(f"{path}: a transform ends in .tfm, .txt, .mat, .h5, .hdf5, .nii or .nii.gz")
-    displacement_mm, affine = load_displacement(path)
-    return [dense_field(displacement_mm, affine)]
-
-
 def understood(transform: ItkTransform) -> ItkTransform:
     """The same map as one of three types, in double precision: affine transform, cubic B-spline or displacement field.
 
@@ -358,105 +245,6 @@ def understood(transform: ItkTransform) -> ItkTransform:
     result = dataclasses.replace(transform, type=f"{kind}_double_3_3", stored=transform.stored or transform.type)
     _check_grid(result)
     return result
-
-
-def read_tfm(path: str | Path) -> list[ItkTransform]:
-    """The transforms of a text file of ITK's, in stored order; those of a composite without its own entry.
-
-    Raises:
-      InputError: there is no such file, or it is no such file.
-    """
-    path = nifti.existing_file(path)
-    records = []
-    try:
-        first, *lines = path.read_text().splitlines()
-        if not first.startswith("#Insight Transform File"):
-            raise ValueError(f"the first line is not {TFM_HEADER!r}")
-        for line in lines:
-            key, _, value = line.partition(":")
-            if key == "Transform":
-                records.append({"type": value.strip()})
-            elif key in ("Parameters", "FixedParameters"):
-                records[-1][key] = np.array(value.split(), np.float64)
-        return [
-            ItkTransform(record["type"], record["Parameters"], record["FixedParameters"])
-            for record in records
-            if not record["type"].startswith("CompositeTransform")
-        ]
-    except (ValueError, LookupError) as error:
-        raise InputError(f"{path}: is no text file of ITK transforms, or damaged ({error})") from error
-
-
-def read_mat(path: str | Path) -> list[ItkTransform]:
-    """The transform of a MATLAB 4 file of ITK's or ANTs', in a list as for the other formats. Errors as `read_tfm`."""
-    path = nifti.existing_file(path)
-    content, arrays, start = path.read_bytes(), [], 0
-    try:
-        while start < len(content):
-            kind, rows, columns, _, length = struct.unpack_from("<5i", content, start)
-            dtype = np.dtype({0: "<f8", 10: "<f4"}[kind])
-            name = content[start + 20 : start + 20 + length].rstrip(b"\0").decode("ascii")
-            start += 20 + length
-            arrays.append((name, np.frombuffer(content, dtype, rows * columns, start).astype(np.float64)))
-            start += rows * columns * dtype.itemsize
-        (kind, parameters), (_, fixed_parameters) = arrays
-    except (ValueError, LookupError, struct.error) as error:
-        raise InputError(f"{path}: is no MATLAB 4 file of an ITK transform, or damaged ({error})") from error
-    if kind.startswith("CompositeTransform"):
-        raise InputError(f"{path}: a .mat file does not say what a composite is made of: write it as .tfm or .h5")
-    return [ItkTransform(kind, parameters, fixed_parameters)]
-
-
-def read_h5(path: str | Path) -> list[ItkTransform]:
-    """The transforms of an HDF5 file of ITK's; needs h5py. Otherwise as `read_tfm`."""
-    h5py, path = _h5py(), nifti.existing_file(path)
-    transforms = []
-    try:
-        with h5py.File(path) as file:
-            groups = file["TransformGroup"]
-            for group in (groups[number] for number in sorted(groups, key=int)):
-                kind = group["TransformType"].asstr()[0]
-                if not kind.startswith("CompositeTransform"):
-                    # Files before ITK 5 have the misspelt names.
-                    start = "Transform" if "TransformParameters" in group else "Tranform"
-                    names = (f"{start}Parameters", f"{start}FixedParameters")
-                    transforms.append(ItkTransform(kind, *(group[name][:].astype(np.float64) for name in names)))
-    except (OSError, LookupError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: is no HDF5 file of ITK transforms, or damaged ({error})") from error
-    return transforms
-
-
-def save_displacement(
-    path: str | Path, displacement_mm: Float[np.ndarray, "X Y Z 3"], affine: Num[np.ndarray, "4 4"]
-) -> None:
-    """Writes a dense displacement as NIfTI (`.nii`, `.nii.gz`) that ITK and ANTs take for a vector image.
-
-    Stored as float32 LPS mm of shape (X, Y, Z, 1, 3) with intent 1007; whole or not at all.
-
-    Args:
-      path: the file.
-      displacement_mm: RAS mm, that is `affine[:3, :3]` times the displacement in voxels.
-      affine: voxel -> RAS mm.
-
-    Raises:
-      InputError: another suffix, or the file cannot be written.
-    """
-    nifti.save(path, (displacement_mm * FLIP.astype(np.float32))[:, :, :, None], affine, intent=VECTOR)
-
-
-def load_displacement(path: str | Path) -> tuple[Float64[np.ndarray, "X Y Z 3"], Float64[np.ndarray, "4 4"]]:
-    """Displacement (RAS mm) and affine (voxel -> RAS mm) of a NIfTI file, in the order in which the file has its axes.
-
-    Intent 1007 is taken for LPS vectors, which are ITK's, 1006 for RAS ones; ITK 5.4 and later do so too.
-
-    Raises:
-      InputError: there is no such file, it is not NIfTI or damaged, or not a field of the shape (X, Y, Z, 1, 3) with
-        one of the two intents.
-    """
-    vectors, affine, intent = nifti.load_vectors(path)
-    if intent not in (VECTOR, DISPVECT):
-        raise InputError(f"{path}: a displacement has the intent 1007 (LPS) or 1006 (RAS), not {intent}")
-    return vectors * (FLIP if intent == VECTOR else 1.0), affine
 
 
 def _grid_affine(shape, cells: Sequence[int], affine_fixed, *, start: int) -> Float64[np.ndarray, "4 4"]:
@@ -617,52 +405,3 @@ def _clipped(index: Float64[np.ndarray, "..."], size, order: int):
 
 def _interpolation(order: int) -> dict:
     return {"order": order, "prefilter": False, "mode": "nearest"}
-
-
-def _as_one(path: str | Path, transforms: Sequence[ItkTransform]) -> ItkTransform:
-    """What a file that holds one transform can hold of several."""
-    first, *others = _with_composite(transforms)
-    if not others:
-        return first
-    if any(understood(transform).type != AFFINE for transform in transforms):
-        raise InputError(
-            f"{path}: a .mat file holds one transform, and these {len(transforms)} are not all affine: write them as "
-            ".tfm, .txt or .h5"
-        )
-    return affine_transform(affine_matrix(transforms))
-
-
-def _with_composite(transforms: Sequence[ItkTransform]) -> list[ItkTransform]:
-    """What a file lists: several transforms are those of a composite, whose own entry comes first."""
-    if not transforms:
-        raise InputError("there is no transform to write")
-    head = [ItkTransform(COMPOSITE, np.zeros(0), np.zeros(0))] if len(transforms) > 1 else []
-    return [*head, *transforms]
-
-
-def _decimals(values: Float64[np.ndarray, " P"]) -> str:
-    """All digits of some numbers; a part at a time, as a dense field has tens of millions."""
-    parts = np.array_split(values, values.size // SLAB + 1)
-    return " ".join(" ".join(map(repr, part.tolist())) for part in parts)
-
-
-def _checked(path: str | Path, *suffixes: str) -> Path:
-    if not str(path).endswith(suffixes):
-        raise InputError(f"{path}: the name must end in {' or '.join(suffixes)}")
-    return Path(path)
-
-
-def _store(path: Path, write) -> None:
-    try:
-        with replacing(path) as temporary:
-            write(temporary)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def _h5py():
-    try:
-        import h5py
-    except ImportError as error:
-        raise InputError(".h5 files need h5py: pip install 'gridreg_jax[h5]', or use .tfm") from error
-    return h5py

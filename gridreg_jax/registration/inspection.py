@@ -11,7 +11,7 @@ from gridreg_jax import geometry
 from gridreg_jax.data import nifti
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.errors import InputError
-from gridreg_jax.export import itk
+from gridreg_jax.export import itk, itk_files
 from gridreg_jax.transforms.certificate import Certificate, certify, uniform_weights
 
 # Points an axis at which the map is probed.
@@ -36,11 +36,11 @@ def inspect(path: str | Path, image: str | Path | None = None) -> Iterator[str]:
                 f"{path}: is a field of shape {shape}: 4-D, as scripts write it and neither ITK nor ANTs read it; "
                 "the shape is to be (X, Y, Z, 1, 3), with intent 1007 for LPS mm"
             )
-    transforms = itk.read(path)
+    transforms = itk_files.read(path)
     count = "1 transform" if len(transforms) == 1 else f"{len(transforms)} transforms, the last is applied first"
     yield f"{path}: {count}; LPS mm, as ITK has it"
     if str(path).endswith((".nii", ".nii.gz")):
-        if intent == itk.DISPVECT:
+        if intent == itk_files.DISPVECT:
             yield "warning: intent 1006 is read as RAS by ITK 5.4 and later, and as LPS by ITK before it"
         if _zero_border(transforms[0]):
             yield "warning: the field is 0 along its whole border: it may have been cut, or its border masked"

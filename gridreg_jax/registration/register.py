@@ -17,7 +17,7 @@ from gridreg_jax.data import nifti
 from gridreg_jax.data.nifti import Source, Volume, corner_to_corner
 from gridreg_jax.data.preprocess import field_of_view, normalise, resample
 from gridreg_jax.errors import InputError
-from gridreg_jax.export import itk
+from gridreg_jax.export import itk, itk_files
 from gridreg_jax.export.inverse import points_back
 from gridreg_jax.programs import stored
 from gridreg_jax.registration import affine as affine_start
@@ -358,7 +358,7 @@ def given_affine(affine: str | Path | Num[np.ndarray, "_ _"]) -> Float[np.ndarra
         return None
     if affine == "off":
         return np.eye(4)
-    transforms = itk.read(affine)
+    transforms = itk_files.read(affine)
     if not all(transform.type.startswith(("Affine", "MatrixOffset")) for transform in transforms):
         raise InputError(f"{affine}: holds more than an affine transform")
     # Four points tell an affine map.

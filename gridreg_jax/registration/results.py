@@ -22,7 +22,7 @@ from gridreg_jax.data import nifti
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.data.preprocess import resample
 from gridreg_jax.errors import InputError
-from gridreg_jax.export import itk
+from gridreg_jax.export import itk_files
 from gridreg_jax.export.inverse import TOLERANCE_MM
 from gridreg_jax.files import replacing
 from gridreg_jax.programs import stored
@@ -82,7 +82,7 @@ def save(
 
         def write_displacement(name: str, like: Volume) -> None:
             rounded = np.rint(getattr(registration, f"{name}_mm") * STEPS_PER_MM) / STEPS_PER_MM
-            itk.save_displacement(folder / f"{name}.nii.gz", *nifti.as_stored(rounded, like))
+            itk_files.save_displacement(folder / f"{name}.nii.gz", *nifti.as_stored(rounded, like))
 
         warped = registration.on_fixed(moving)
         jobs.append(pool.submit(write_displacement, "inverse_displacement", moving))
@@ -100,8 +100,8 @@ def save(
             sigma_mm = dataclasses.replace(registration.fixed_working, array=registration.sigma_mm)
             write("sigma.nii.gz", resample(sigma_mm, fixed.affine, fixed.array.shape))
         metrics |= _map_points(registration, folder, *points, fixed_points, moving_points)
-        itk.write_tfm(folder / "transform.tfm", registration.transforms)
-        itk.write_mat(folder / "spline.mat", registration.transforms[1])
+        itk_files.write_tfm(folder / "transform.tfm", registration.transforms)
+        itk_files.write_mat(folder / "spline.mat", registration.transforms[1])
         volumes, numbers = _compare(registration)
         metrics |= numbers
         for job in jobs:

@@ -16,7 +16,7 @@ from gridreg_jax.baselines.program import Program, displacement_in_voxels, threa
 from gridreg_jax.data import nifti
 from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation.evaluate import evaluate_system
-from gridreg_jax.export import itk
+from gridreg_jax.export import itk, itk_files
 from gridreg_jax.ncf import optimise
 
 SHAPE = (24, 20, 28)
@@ -40,9 +40,9 @@ def blobs(displacement=0.0, seed=0):
 def test_warp_and_affine_become_one_displacement_in_voxels_as_simpleitk_maps_points(tmp_path):
     sitk = pytest.importorskip("SimpleITK")
     affine, rng = oblique_affine(), np.random.default_rng(0)
-    itk.save_displacement(tmp_path / "warp.nii.gz", rng.normal(size=(*SHAPE, 3)), affine)
+    itk_files.save_displacement(tmp_path / "warp.nii.gz", rng.normal(size=(*SHAPE, 3)), affine)
     matrix = nib.affines.from_matvec(np.eye(3) + 0.1 * rng.normal(size=(3, 3)), [3.0, -2.0, 1.0])
-    itk.write_tfm(tmp_path / "affine.tfm", [itk.affine_transform(matrix)])
+    itk_files.write_tfm(tmp_path / "affine.tfm", [itk.affine_transform(matrix)])
 
     found = displacement_in_voxels(
         tmp_path / "warp.nii.gz", lambda points: geometry.voxel_to_world(points, matrix), affine
@@ -66,7 +66,7 @@ def program(**changes):
         fixed = nib.load(folder / "fixed.nii")
         calls.append(settings)
         vectors = np.broadcast_to([1.0, 0.0, 0.0], (*fixed.shape, 3))
-        itk.save_displacement(folder / "warp.nii", vectors, fixed.affine)
+        itk_files.save_displacement(folder / "warp.nii", vectors, fixed.affine)
         return folder / "warp.nii", lambda points: points
 
     fields = dict(register=register, settings="fast", package="numpy", extra="none") | changes

@@ -49,6 +49,13 @@ def test_read_pairs(folder):
     ]
 
 
+def test_empty_rows_before_the_header_are_left_out(folder):
+    text = "\n  \n,,\nimage,labels,note,note\n,,,,,\na.nii\n"
+    assert read_subjects(write(folder, text)) == [Subject(folder / "a.nii")]
+    with pytest.raises(InputError, match="row 6: image: no such file"):
+        read_subjects(write(folder, text.replace("a.nii", "none.nii")))
+
+
 def test_absolute_paths_and_a_byte_order_mark_are_fine(folder):
     other = folder / "other"
     other.mkdir()
@@ -69,6 +76,8 @@ def test_absolute_paths_and_a_byte_order_mark_are_fine(folder):
         ("image\na.nii\nnone.nii\n", "row 3: image: no such file: .*none.nii$"),
         ("image,labels\na.nii,x.nii\nb.nii,y.nii\nz.nii,\n", r"row 2: labels: .*x.nii \(and 2 more missing files\)"),
         ("image\na.nii\nb.nii\na.nii\n", "row 4: image .*a.nii is in row 2 already"),
+        ("image,labels, image\na.nii,,b.nii\n", "column 'image' is there 2 times"),
+        ("\n\n", "column 'image' is missing .*found: none"),
         ("image,note\na.nii,one, two\n", "row 2: more cells than the header's 2"),
     ],
 )

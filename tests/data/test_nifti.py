@@ -112,7 +112,7 @@ BAD_IMAGES = {
     "two dimensions": (bad_image(ramp((5, 6))), r"three-dimensional volume is needed.*\(5, 6\)"),
     "empty": (of_no_voxels, r"empty.*\(5, 0, 7\)"),
     "not finite": (bad_image(with_value(np.nan, np.inf, -np.inf)), "3 of 210 voxels are not finite"),
-    "beyond float32": (bad_image(with_value(1.0).astype(np.float64) * 1e37), "voxels are not finite"),
+    "beyond float32": (bad_image(with_value(1.0).astype(np.float64) * 1e37), "not finite .*the range of float32"),
     "constant": (bad_image(np.full(SHAPE, 7, np.int16)), "every voxel is 7"),
     "colours": (of_colours, "single real numbers"),
     "truncated": (truncated, "cannot be read as NIfTI"),
@@ -190,6 +190,48 @@ def test_axes_at_right_angles_are_told_from_others(tmp_path, slant, right):
     else:
         with pytest.raises(InputError, match="the_file.nii: its axes are .* degrees off right angles"):
             nifti.check_right_angles(volume)
+
+
+UNITS_MM = {"unknown": 1, "meter": 1000, "mm": 1, "micron": 0.001}
+
+
+@pytest.mark.parametrize("time", ["unknown", "sec"])
+@pytest.mark.parametrize("unit", UNITS_MM)
+def test_lengths_are_mm_whatever_the_unit_of_the_header(tmp_path, unit, time):
+    sitk = pytest.importorskip("SimpleITK")
+    affine, unit_mm = oblique_affine(flips=(-1, -1, 1)), UNITS_MM[unit]
+    image = nib.Nifti1Image(ramp(), affine * np.array([[1 / unit_mm]] * 3 + [[1]]))
+    image.set_qform(image.affine, 1)
+    image.header.set_xyzt_units(unit, time)
+    nib.save(image, tmp_path / "image.nii.gz")
+    reference = sitk.ReadImage(str(tmp_path / "image.nii.gz"))
+    np.testing.assert_allclose(reference.GetSpacing(), [1, 1.5, 3], rtol=1e-6)
+    for source in (tmp_path / "image.nii.gz", image):
+        volume = nifti.load_image(source, placed=True)
+        np.testing.assert_allclose(volume.stored_affine, affine, rtol=1e-6)
+        for voxel in itertools.product(*[(0, size - 1) for size in SHAPE]):
+            x, y, z, _ = volume.affine @ [*voxel, 1]
+            assert volume.array[voxel] == reference[reference.TransformPhysicalPointToIndex((-x, -y, z))]
+    nifti.save(tmp_path / "again.nii.gz", *nifti.as_stored(volume.array, volume))
+    again = sitk.ReadImage(str(tmp_path / "again.nii.gz"))
+    assert nib.load(tmp_path / "again.nii.gz").header.get_xyzt_units()[0] == "mm"
+    for get in ("GetSpacing", "GetOrigin", "GetDirection"):
+        np.testing.assert_allclose(getattr(again, get)(), getattr(reference, get)(), rtol=1e-5, atol=1e-6)
+
+
+def test_two_places_are_mm_apart_whatever_the_unit(tmp_path):
+    image = nib.load(in_two_places(tmp_path / "first.nii", 15))
+    image.header.set_xyzt_units("micron")
+    (tmp_path / "the_file.nii").write_bytes(image.to_bytes())
+    with pytest.warns(UserWarning, match="the_file.nii: its sform and qform lie up to 0.015 mm apart"):
+        nifti.load_image(tmp_path / "the_file.nii", placed=True)
+
+
+def test_labels_a_voxel_off_are_refused_however_small_the_voxels(tmp_path):
+    like = nifti.load_image(write(tmp_path / "the_image.nii", ramp(), np.diag([5e-4, 5e-4, 5e-4, 1])))
+    moved = nib.affines.from_matvec(np.diag([5e-4] * 3), [5e-4, 0, 0])
+    with pytest.raises(InputError, match="the_labels.nii: its voxels lie up to 0.0005 mm from"):
+        nifti.load_labels(write(tmp_path / "the_labels.nii", ramp(), moved), like=like)
 
 
 def test_truncated_uncompressed_file_is_refused(tmp_path):
@@ -275,12 +317,19 @@ def test_landmarks_of_a_csv_without_ids_count_from_one(tmp_path):
         ("id,x,y,z\na,1,2,3\n", "row 2.*whole number"),
         ("id,x,y,z\n1,1,2,3\n1,1,2,3\n", "row 3: id 1 is there twice"),
         ("x,y,z\n", "empty"),
+        ("x,y,z,x\n1,2,3,4\n", "column 'x' is there 2 times"),
     ],
 )
 def test_bad_landmark_csv_is_refused(tmp_path, text, message):
     (tmp_path / "points.csv").write_text(text)
     with pytest.raises(InputError, match=f"points.csv: .*{message}"):
         nifti.load_landmarks(tmp_path / "points.csv")
+
+
+def test_landmarks_in_a_file_of_another_name_are_told_theirs(tmp_path):
+    (tmp_path / "points.fcsv").write_text("x,y,z\n1,2,3\n")
+    with pytest.raises(InputError, match=r"points.fcsv: landmarks are read from \.csv .* or as blobs from \.nii"):
+        nifti.load_landmarks(tmp_path / "points.fcsv")
 
 
 def test_landmarks_of_blobs_are_centroids_in_world_mm(tmp_path):

@@ -1,4 +1,4 @@
-"""`gridreg convert` against SimpleITK: what it writes is the same map, or leads back to where that began."""
+"""`gridreg convert` and `apply` against SimpleITK: what they write is the same map, or leads back to its beginning."""
 
 import re
 import warnings
@@ -11,7 +11,7 @@ from gridreg_jax import geometry
 from gridreg_jax.cli import main
 from gridreg_jax.data import nifti
 from gridreg_jax.errors import InputError
-from gridreg_jax.export import inverse, itk
+from gridreg_jax.export import inverse, itk, itk_files
 
 sitk = pytest.importorskip("SimpleITK")
 
@@ -65,7 +65,7 @@ def convert(folder, transforms, out, *options):
     """Writes the transforms as `map.tfm`, converts it, and gives SimpleITK's reading of it and of the result."""
     if out.endswith("h5"):
         pytest.importorskip("h5py")
-    itk.write_tfm(folder / "map.tfm", transforms)
+    itk_files.write_tfm(folder / "map.tfm", transforms)
     main(["convert", str(folder / "map.tfm"), "--out", str(folder / out), *map(str, options)])
     return read_by_sitk(folder / "map.tfm"), read_by_sitk(folder / out)
 
@@ -92,7 +92,8 @@ def test_every_format_holds_the_same_map(tmp_path, name, suffix):
     assert np.abs(expected - points_mm).max() > 1
     np.testing.assert_allclose(by_sitk(after, points_mm), expected, rtol=0, atol=1e-9)
     if suffix != ".mat":
-        for read, again in zip(itk.read(tmp_path / "map.tfm"), itk.read(tmp_path / f"again{suffix}"), strict=True):
+        ours = (itk_files.read(tmp_path / file) for file in ("map.tfm", f"again{suffix}"))
+        for read, again in zip(*ours, strict=True):
             np.testing.assert_array_equal(again.parameters, read.parameters)
             np.testing.assert_array_equal(again.fixed_parameters, read.fixed_parameters)
 
@@ -159,8 +160,8 @@ def test_where_a_displacement_ends_at_its_border(tmp_path):
     assert errors.outside == all_voxels - 10 * column
     assert errors.max_mm < 1e-9 and errors.folds == 0 and errors.probes > 50
     assert [line[: line.index(" voxels")] for line in errors.warnings()] == [f"to 72 of {all_voxels}"] * 2
-    itk.write_tfm(tmp_path / "map.tfm", [transform])
-    itk.write_tfm(tmp_path / "back.tfm", [back])
+    itk_files.write_tfm(tmp_path / "map.tfm", [transform])
+    itk_files.write_tfm(tmp_path / "back.tfm", [back])
     points_mm = voxels_mm(shape, affine)
     found = by_sitk(read_by_sitk(tmp_path / "map.tfm"), by_sitk(read_by_sitk(tmp_path / "back.tfm"), points_mm))
     assert np.count_nonzero(np.linalg.norm(found - points_mm, axis=1) > 1e-6) == errors.missed
@@ -217,7 +218,46 @@ def test_one_lattice_of_a_single_slice_and_several_slabs(monkeypatch):
 
 def test_no_mat_holds_a_composite_with_a_grid(tmp_path):
     with pytest.raises(InputError, match="again.mat: a .mat file holds one .* as .tfm, .txt or .h5"):
-        itk.write(tmp_path / "again.mat", TRANSFORMS["composite"])
+        itk_files.write(tmp_path / "again.mat", TRANSFORMS["composite"])
     with pytest.raises(InputError, match="no transform"):
-        itk.write(tmp_path / "again.mat", [])
+        itk_files.write(tmp_path / "again.mat", [])
     assert not list(tmp_path.iterdir())
+
+
+def test_points_are_written_as_csv_only(tmp_path, capsys):
+    itk_files.write_tfm(tmp_path / "map.tfm", [itk.affine_transform(MATRIX)])
+    (tmp_path / "points.csv").write_text("id,x,y,z\n4,10,11,12\n")
+    command = ["apply", "--transform", str(tmp_path / "map.tfm"), "--points", str(tmp_path / "points.csv"), "--out"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, str(tmp_path / "out.nii.gz")])
+    assert re.fullmatch(r"\S*error: \S*out.nii.gz: points are written as \.csv\n", capsys.readouterr().err)
+    assert not (tmp_path / "out.nii.gz").exists()
+    main([*command, str(tmp_path / "out.CSV")])
+    np.testing.assert_allclose(nifti.load_landmarks(tmp_path / "out.CSV")[4], MATRIX[:3] @ [10, 11, 12, 1], atol=1e-6)
+
+
+REFERENCES = {
+    "not finite": np.full(SHAPE, np.nan, np.float32),
+    "colours": np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")]),
+    "complex": np.zeros(SHAPE, np.complex64),
+    "a series": np.zeros((*SHAPE, 3), np.float32),
+    "vectors": np.zeros((*SHAPE, 1, 3), np.float32),
+}
+
+
+@pytest.mark.parametrize("array", REFERENCES.values(), ids=REFERENCES)
+def test_of_a_reference_only_the_lattice_counts(tmp_path, array):
+    affine = AFFINES["oblique"] @ nib.affines.from_matvec(np.diag([-1, 1, 1]), [SHAPE[0] - 1, 0, 0])
+    itk_files.write_tfm(tmp_path / "map.tfm", TRANSFORMS["spline"])
+    nifti.save(tmp_path / "image.nii", np.random.default_rng(5).normal(size=SHAPE), AFFINES["oblique"])
+    image = nib.Nifti1Image(array, affine)
+    image.set_qform(affine, 1)
+    nib.save(image, tmp_path / "other.nii.gz")
+    for command in ("apply --image image.nii --transform map.tfm", "convert map.tfm"):
+        command = [str(tmp_path / word) if "." in word else word for word in command.split()]
+        for reference, out in ((write_reference(tmp_path, affine), "expected"), (tmp_path / "other.nii.gz", "found")):
+            main([*command, "--reference", str(reference), "--out", str(tmp_path / f"{out}.nii.gz")])
+        expected, found = (nib.load(tmp_path / f"{name}.nii.gz") for name in ("expected", "found"))
+        assert expected.get_fdata().std() > 0.2
+        np.testing.assert_array_equal(found.get_fdata(), expected.get_fdata())
+        np.testing.assert_allclose(found.affine, affine, atol=1e-5)

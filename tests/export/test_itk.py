@@ -10,7 +10,7 @@ import pytest
 
 from gridreg_jax import geometry
 from gridreg_jax.errors import InputError
-from gridreg_jax.export import itk
+from gridreg_jax.export import itk, itk_files
 from gridreg_jax.transforms.interpolation import INTERPOLATORS, interpolate
 
 sitk = pytest.importorskip("SimpleITK")
@@ -87,16 +87,16 @@ def round_trip(path, transforms):
     """Writes by the suffix; gives SimpleITK's reading and ours."""
     match path.suffix:
         case ".tfm" | ".txt":
-            itk.write_tfm(path, transforms)
-            return sitk.ReadTransform(str(path)), itk.read_tfm(path)
+            itk_files.write_tfm(path, transforms)
+            return sitk.ReadTransform(str(path)), itk_files.read_tfm(path)
         case ".mat":
             (transform,) = transforms
-            itk.write_mat(path, transform)
-            return sitk.ReadTransform(str(path)), itk.read_mat(path)
+            itk_files.write_mat(path, transform)
+            return sitk.ReadTransform(str(path)), itk_files.read_mat(path)
         case ".h5":
             pytest.importorskip("h5py")
-            itk.write_h5(path, transforms)
-            return sitk.ReadTransform(str(path)), itk.read_h5(path)
+            itk_files.write_h5(path, transforms)
+            return sitk.ReadTransform(str(path)), itk_files.read_h5(path)
 
 
 SUFFIXES = [".tfm", ".txt", ".mat", ".h5"]
@@ -202,7 +202,7 @@ def test_reading_gives_the_written_numbers(tmp_path, suffix):
 def test_files_of_simpleitk_are_read(tmp_path, suffix):
     if suffix == ".h5":
         pytest.importorskip("h5py")
-    read = {".tfm": itk.read_tfm, ".mat": itk.read_mat, ".h5": itk.read_h5}[suffix]
+    read = {".tfm": itk_files.read_tfm, ".mat": itk_files.read_mat, ".h5": itk_files.read_h5}[suffix]
     rng = np.random.default_rng(4)
     affine = sitk.AffineTransform(3)
     affine.SetMatrix((np.eye(3) + 0.1 * rng.normal(size=(3, 3))).ravel())
@@ -232,7 +232,7 @@ def test_single_precision_mat_files_are_read(tmp_path):
     path.write_bytes(content)
     points_mm = voxels(20)
     np.testing.assert_allclose(
-        itk.apply(itk.read_mat(path), points_mm), itk.apply([transform], points_mm), rtol=1e-6, atol=1e-4
+        itk.apply(itk_files.read_mat(path), points_mm), itk.apply([transform], points_mm), rtol=1e-6, atol=1e-4
     )
     np.testing.assert_allclose(
         itk.apply([transform], points_mm), geometry.voxel_to_world(points_mm, AFFINES["oblique"]), atol=1e-12
@@ -245,14 +245,14 @@ def test_a_dense_displacement_is_the_map_that_simpleitk_reads(tmp_path, affine, 
     shape = (5, 4, 6)
     displacement_mm = np.random.default_rng(5).normal(size=(*shape, 3)).astype(np.float32)
     path = tmp_path / f"field{suffix}"
-    itk.save_displacement(path, displacement_mm, affine)
+    itk_files.save_displacement(path, displacement_mm, affine)
     field = sitk.ReadImage(str(path), sitk.sitkVectorFloat64)
     assert field.GetSize() == shape and field.GetNumberOfComponentsPerPixel() == 3
     transform = sitk.DisplacementFieldTransform(field)
     inside = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1).reshape(-1, 3)
     points_mm = geometry.voxel_to_world(inside, affine)
     np.testing.assert_allclose(by_sitk(transform, points_mm), points_mm + displacement_mm.reshape(-1, 3), atol=2e-4)
-    found, found_affine = itk.load_displacement(path)
+    found, found_affine = itk_files.load_displacement(path)
     np.testing.assert_allclose(found, displacement_mm, atol=1e-6)
     np.testing.assert_allclose(found_affine, affine, atol=1e-5)
 
@@ -265,7 +265,7 @@ def test_simpleitks_own_field_and_both_intents_are_read(tmp_path):
     path = tmp_path / "field.nii.gz"
     sitk.WriteImage(image, str(path))
     expected = vectors.transpose(2, 1, 0, 3) * itk.FLIP
-    found, affine = itk.load_displacement(path)
+    found, affine = itk_files.load_displacement(path)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_allclose(
         affine, np.diag([-0.8, -1.2, 2.0, 1]) + np.outer([-10, 20, 30, 0], [0, 0, 0, 1]), atol=1e-5
@@ -275,7 +275,24 @@ def test_simpleitks_own_field_and_both_intents_are_read(tmp_path):
     nib.save(
         nib.Nifti1Image(np.asarray(stored.dataobj) * [-1, -1, 1], stored.affine, stored.header), tmp_path / "ras.nii"
     )
-    np.testing.assert_allclose(itk.load_displacement(tmp_path / "ras.nii")[0], expected, atol=1e-6)
+    np.testing.assert_allclose(itk_files.load_displacement(tmp_path / "ras.nii")[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("unit", ["meter", "micron"])
+def test_a_field_on_a_lattice_in_another_unit_is_the_map_that_simpleitk_reads(tmp_path, unit):
+    vectors = np.random.default_rng(7).normal(size=(5, 4, 6, 1, 3)).astype(np.float32)
+    image = nib.Nifti1Image(vectors, AFFINES["oblique"])
+    image.set_qform(image.affine, 1)
+    image.header.set_intent(1007)
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "field.nii")
+    transform = sitk.DisplacementFieldTransform(sitk.ReadImage(str(tmp_path / "field.nii"), sitk.sitkVectorFloat64))
+    _, affine = itk_files.load_displacement(tmp_path / "field.nii")
+    points_mm = geometry.voxel_to_world(np.random.default_rng(8).uniform(0, [4, 3, 5], (50, 3)), affine)
+    expected = by_sitk(transform, points_mm)
+    assert np.linalg.norm(expected - points_mm, axis=1).min() > 0.1
+    found = itk.apply(itk_files.read(tmp_path / "field.nii"), points_mm)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +303,7 @@ def test_other_niftis_are_no_displacements(tmp_path, array_shape, intent):
     image.header.set_intent(intent)
     nib.save(image, tmp_path / "field.nii")
     with pytest.raises(InputError, match="1007|of vectors"):
-        itk.load_displacement(tmp_path / "field.nii")
+        itk_files.load_displacement(tmp_path / "field.nii")
 
 
 @pytest.mark.parametrize("suffix", [".tfm", ".mat", ".h5", ".nii"])
@@ -296,7 +313,12 @@ def test_other_niftis_are_no_displacements(tmp_path, array_shape, intent):
 def test_damaged_files_are_refused_by_name(tmp_path, suffix, content):
     if suffix == ".h5":
         pytest.importorskip("h5py")
-    read = {".tfm": itk.read_tfm, ".mat": itk.read_mat, ".h5": itk.read_h5, ".nii": itk.load_displacement}[suffix]
+    read = {
+        ".tfm": itk_files.read_tfm,
+        ".mat": itk_files.read_mat,
+        ".h5": itk_files.read_h5,
+        ".nii": itk_files.load_displacement,
+    }[suffix]
     path = tmp_path / f"map{suffix}"
     with pytest.raises(InputError, match="no such file"):
         read(path)
@@ -307,20 +329,20 @@ def test_damaged_files_are_refused_by_name(tmp_path, suffix, content):
 
 def test_a_truncated_mat_file_is_refused(tmp_path):
     path = tmp_path / "map.mat"
-    itk.write_mat(path, itk.affine_transform(np.eye(4)))
+    itk_files.write_mat(path, itk.affine_transform(np.eye(4)))
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(InputError, match="damaged"):
-        itk.read_mat(path)
+        itk_files.read_mat(path)
 
 
 def test_wrong_arguments_are_named(tmp_path):
     transform = itk.affine_transform(np.eye(4))
     with pytest.raises(InputError, match=r"\.tfm or \.txt"):
-        itk.write_tfm(tmp_path / "map.mat", [transform])
+        itk_files.write_tfm(tmp_path / "map.mat", [transform])
     with pytest.raises(InputError, match="no transform"):
-        itk.write_tfm(tmp_path / "map.tfm", [])
+        itk_files.write_tfm(tmp_path / "map.tfm", [])
     with pytest.raises(InputError, match=r"\.nii"):
-        itk.save_displacement(tmp_path / "map.mat", np.zeros((2, 2, 2, 3)), np.eye(4))
+        itk_files.save_displacement(tmp_path / "map.mat", np.zeros((2, 2, 2, 3)), np.eye(4))
     with pytest.raises(InputError, match="at least 4"):
         itk.bspline_transform(np.zeros((3, 4, 4, 3)), SHAPE, np.eye(4))
     with pytest.raises(InputError, match="2 voxels"):
@@ -329,8 +351,26 @@ def test_wrong_arguments_are_named(tmp_path):
         itk.bspline_transform(np.zeros((4, 4, 4, 3)), SHAPE, np.diag([1.0, 0, 1, 1]))
     (tmp_path / "folder.tfm").mkdir()
     with pytest.raises(InputError, match="cannot be written"):
-        itk.write_tfm(tmp_path / "folder.tfm", [transform])
+        itk_files.write_tfm(tmp_path / "folder.tfm", [transform])
     assert [path.name for path in tmp_path.iterdir()] == ["folder.tfm"]
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".nii.gz"])
+def test_a_disk_that_is_full_is_told_in_one_line(tmp_path, suffix):
+    resource, path = pytest.importorskip("resource"), tmp_path / f"map{suffix}"
+    write, *content = itk_files.write, [itk.bspline_transform(random_grid("bspline"), SHAPE, np.eye(4))]
+    if suffix == ".nii.gz":
+        write, *content = itk_files.save_displacement, np.random.default_rng(9).normal(size=(20, 20, 20, 3)), np.eye(4)
+    if suffix == ".h5":
+        pytest.importorskip("h5py")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # To write more fails in the same way.
+    try:
+        with pytest.raises(InputError, match=rf"map\{suffix}: cannot be written \(File too large\)$"):
+            write(path, *content)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -352,4 +392,4 @@ def test_transforms_that_cannot_be_applied_are_named(kind, count, fixed, message
 def test_without_h5py_the_message_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(InputError, match=r"gridreg_jax\[h5\]"):
-        itk.write_h5(tmp_path / "map.h5", [itk.affine_transform(np.eye(4))])
+        itk_files.write_h5(tmp_path / "map.h5", [itk.affine_transform(np.eye(4))])

@@ -8,7 +8,7 @@ import pytest
 
 from gridreg_jax.data import nifti
 from gridreg_jax.errors import InputError
-from gridreg_jax.export import itk
+from gridreg_jax.export import itk, itk_files
 from gridreg_jax.registration.inspection import inspect
 from gridreg_jax.registration.register import given_affine
 from gridreg_jax.transforms.certificate import certify, uniform_weights
@@ -45,12 +45,13 @@ def by_sitk(transform, points_mm):
 
 def written_by_sitk(path, transforms):
     """Lets SimpleITK read our text of the transforms, and write what it understood; gives that."""
-    itk.write_tfm(path.with_name("ours.tfm"), transforms)
+    itk_files.write_tfm(path.with_name("ours.tfm"), transforms)
     reference = sitk.ReadTransform(str(path.with_name("ours.tfm")))
     if path.suffix == ".h5":
         pytest.importorskip("h5py")
     if path.suffix == ".mat" and isinstance(reference, sitk.CompositeTransform):
-        itk.write_mat(path, *transforms)  # SimpleITK takes one of the names for a composite, which no .mat can hold.
+        # SimpleITK takes one of the names for a composite, which no .mat can hold.
+        itk_files.write_mat(path, *transforms)
     else:
         sitk.WriteTransform(reference, str(path))
     return reference
@@ -60,7 +61,7 @@ def written_by_sitk(path, transforms):
 @pytest.mark.parametrize("name", MAPS)
 def test_an_affine_map_of_every_kind_is_that_of_simpleitk(tmp_path, name, suffix):
     reference = written_by_sitk(tmp_path / f"map{suffix}", [make(name)])
-    (stored,) = itk.read(tmp_path / f"map{suffix}")
+    (stored,) = itk_files.read(tmp_path / f"map{suffix}")
     assert (stored.type, stored.stored) == (itk.AFFINE, MAPS[name][0])
     expected = by_sitk(reference, POINTS_MM)
     np.testing.assert_allclose(itk.apply([stored], POINTS_MM), expected, rtol=0, atol=1e-9)
@@ -72,7 +73,7 @@ def test_an_affine_map_of_every_kind_is_that_of_simpleitk(tmp_path, name, suffix
 @pytest.mark.parametrize("suffix", [".tfm", ".h5"])
 def test_a_composite_of_them_all(tmp_path, suffix):
     reference = written_by_sitk(tmp_path / f"map{suffix}", [make(name) for name in MAPS])
-    stored = itk.read(tmp_path / f"map{suffix}")
+    stored = itk_files.read(tmp_path / f"map{suffix}")
     assert len(stored) == len(MAPS)
     expected = by_sitk(reference, POINTS_MM)
     assert np.abs(expected - POINTS_MM).max() > 1
@@ -83,9 +84,9 @@ def test_a_composite_of_them_all(tmp_path, suffix):
 
 @pytest.mark.parametrize("name", MAPS)
 def test_what_was_read_can_be_written(tmp_path, name):
-    itk.write_tfm(tmp_path / "map.tfm", [make(name)])
-    stored = itk.read(tmp_path / "map.tfm")
-    itk.write_tfm(tmp_path / "again.tfm", stored)
+    itk_files.write_tfm(tmp_path / "map.tfm", [make(name)])
+    stored = itk_files.read(tmp_path / "map.tfm")
+    itk_files.write_tfm(tmp_path / "again.tfm", stored)
     found = by_sitk(sitk.ReadTransform(str(tmp_path / "again.tfm")), POINTS_MM)
     np.testing.assert_allclose(found, itk.apply([make(name)], POINTS_MM), rtol=0, atol=1e-9)
 
@@ -121,7 +122,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_makes_no_map_is_refused_in_one_line(tmp_path, case):
     transforms, message = REFUSED[case]
-    lines = [itk.TFM_HEADER]
+    lines = [itk_files.TFM_HEADER]
     for kind, values, fixed in transforms:
         lines.append(f"Transform: {kind}")
         if values is not None:
@@ -130,7 +131,7 @@ def test_what_makes_no_map_is_refused_in_one_line(tmp_path, case):
     path = tmp_path / "map.tfm"
     path.write_text("\n".join(lines) + "\n")
     # Before `inspect` says anything.
-    for reader in (itk.read, given_affine, lambda path: next(inspect(path))):
+    for reader in (itk_files.read, given_affine, lambda path: next(inspect(path))):
         with pytest.raises(InputError, match=f"map.tfm: .*{message}") as refused:
             reader(path)
         assert "\n" not in str(refused.value)
@@ -139,40 +140,40 @@ def test_what_makes_no_map_is_refused_in_one_line(tmp_path, case):
 def test_a_composite_as_mat_is_refused(tmp_path):
     sitk.WriteTransform(sitk.CompositeTransform([sitk.Euler3DTransform()] * 2), str(tmp_path / "map.mat"))
     with pytest.raises(InputError, match="map.mat: a .mat file does not say .*: write it as .tfm or .h5"):
-        itk.read(tmp_path / "map.mat")
+        itk_files.read(tmp_path / "map.mat")
 
 
 def test_the_misspelt_names_of_older_files_are_read(tmp_path):
     h5py, path = pytest.importorskip("h5py"), tmp_path / "map.h5"
     written_by_sitk(path, [make("Euler3DTransform"), make("translation")])
-    expected = itk.apply(itk.read(path), POINTS_MM)
+    expected = itk.apply(itk_files.read(path), POINTS_MM)
     with h5py.File(path, "a") as file:
         for group in (file["TransformGroup/1"], file["TransformGroup/2"]):
             for name in ("Parameters", "FixedParameters"):
                 group.move(f"Transform{name}", f"Tranform{name}")
     np.testing.assert_allclose(by_sitk(sitk.ReadTransform(str(path)), POINTS_MM), expected, rtol=0, atol=1e-9)
-    np.testing.assert_array_equal(itk.apply(itk.read(path), POINTS_MM), expected)
+    np.testing.assert_array_equal(itk.apply(itk_files.read(path), POINTS_MM), expected)
 
 
 def test_a_displacement_that_is_not_finite_is_refused(tmp_path):
-    itk.save_displacement(tmp_path / "field.nii", np.full((3, 3, 3, 3), np.nan, np.float32), np.eye(4))
+    itk_files.save_displacement(tmp_path / "field.nii", np.full((3, 3, 3, 3), np.nan, np.float32), np.eye(4))
     with pytest.raises(InputError, match="field.nii: .*not finite"):
-        itk.read(tmp_path / "field.nii")
+        itk_files.read(tmp_path / "field.nii")
 
 
 def test_single_precision_in_the_name_is_no_other_map(tmp_path):
     path = tmp_path / "map.tfm"
     spline = itk.bspline_transform(np.random.default_rng(2).normal(size=(4, 5, 6, 3)), (9, 9, 9), np.eye(4))
-    itk.write_tfm(path, [make("Euler3DTransform"), spline])
+    itk_files.write_tfm(path, [make("Euler3DTransform"), spline])
     path.write_text(path.read_text().replace("_double_", "_float_"))
-    stored = itk.read(path)
+    stored = itk_files.read(path)
     assert [transform.type for transform in stored] == [itk.AFFINE, itk.BSPLINE]
     expected = itk.apply([make("Euler3DTransform"), spline], POINTS_MM)
     np.testing.assert_array_equal(itk.apply(stored, POINTS_MM), expected)
 
 
 def test_inspect_names_a_map_as_its_file_does(tmp_path):
-    itk.write_tfm(tmp_path / "map.tfm", [make("Similarity3DTransform"), make("translation")])
+    itk_files.write_tfm(tmp_path / "map.tfm", [make("Similarity3DTransform"), make("translation")])
     _, *lines = inspect(tmp_path / "map.tfm")
     scale = make("Similarity3DTransform").parameters[6]
     assert lines == [
@@ -202,7 +203,7 @@ def saved(tmp_path, control_grid, affine):
     """The spline, rounded in another way, and an image of its lattice."""
     spline = itk.bspline_transform(control_grid, SHAPE, affine)
     spline.parameters[:] *= 1 + 1e-15 * np.random.default_rng(3).normal(size=spline.parameters.size)
-    itk.write_tfm(tmp_path / "map.tfm", [spline])
+    itk_files.write_tfm(tmp_path / "map.tfm", [spline])
     nifti.save(tmp_path / "image.nii", np.indices(SHAPE, np.float32)[0], affine)
     return tmp_path / "map.tfm", tmp_path / "image.nii"
 

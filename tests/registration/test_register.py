@@ -18,7 +18,7 @@ from gridreg_jax import geometry
 from gridreg_jax.data import nifti
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.errors import InputError
-from gridreg_jax.export import itk
+from gridreg_jax.export import itk, itk_files
 from gridreg_jax.registration import results
 from gridreg_jax.registration.register import Registration, given_affine, register
 from gridreg_jax.transforms.interpolation import interpolate
@@ -118,7 +118,7 @@ def test_simpleitk_maps_the_same_points_and_makes_the_same_image(out, folder, fo
 
 
 def test_the_dense_displacement_is_the_whole_map(out, found):
-    vectors_mm, affine = itk.load_displacement(out / "displacement.nii.gz")
+    vectors_mm, affine = itk_files.load_displacement(out / "displacement.nii.gz")
     index = np.random.default_rng(1).integers(0, vectors_mm.shape[:3], (100, 3))
     points_mm = geometry.voxel_to_world(index, affine)
     np.testing.assert_allclose(points_mm + vectors_mm[tuple(index.T)], found.map_points(points_mm), atol=1e-3)
@@ -127,7 +127,7 @@ def test_the_dense_displacement_is_the_whole_map(out, found):
 def test_the_inverse_leads_back(out, found):
     mean_mm, largest_mm = found.inverse_errors_mm
     assert mean_mm < 0.1 and mean_mm < largest_mm
-    vectors_mm, affine = itk.load_displacement(out / "inverse_displacement.nii.gz")
+    vectors_mm, affine = itk_files.load_displacement(out / "inverse_displacement.nii.gz")
     assert vectors_mm.shape[:3] == found.inverse_shape
     sizes = found.moving.array.shape, found.inverse_shape
     corners_mm = [_corners_mm(size, each) for size, each in zip(sizes, (found.moving.affine, affine), strict=True)]
@@ -138,7 +138,7 @@ def test_the_inverse_leads_back(out, found):
     points_mm = np.random.default_rng(3).uniform(-15, 15, (100, 3))
     there = found.map_points(points_mm)
     np.testing.assert_allclose(found.map_points_back(there), points_mm, atol=1e-3)
-    field = [itk.read(out / "inverse_displacement.nii.gz")[0]]
+    field = [itk_files.read(out / "inverse_displacement.nii.gz")[0]]
     assert np.linalg.norm(itk.apply(field, there) - points_mm, axis=1).mean() < 0.2
 
 
@@ -221,10 +221,10 @@ def test_images_of_nibabel_arrays_and_files_are_the_same(folder, found):
 
 
 def test_a_given_affine(tmp_path, found):
-    itk.write_mat(tmp_path / "affine.mat", found.transforms[0])
+    itk_files.write_mat(tmp_path / "affine.mat", found.transforms[0])
     np.testing.assert_allclose(given_affine(tmp_path / "affine.mat"), found.matrix, atol=1e-9)
     np.testing.assert_array_equal(given_affine("off"), np.eye(4))
-    itk.write_tfm(tmp_path / "both.tfm", found.transforms)
+    itk_files.write_tfm(tmp_path / "both.tfm", found.transforms)
     with pytest.raises(InputError, match="both.tfm: holds more than an affine"):
         given_affine(tmp_path / "both.tfm")
 
