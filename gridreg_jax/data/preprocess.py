@@ -19,7 +19,7 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.files import replacing
 
 # Part of every cache key: raise it with every change of what `prepare` computes.
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 
 CENTERS = ("mass", "image")
 

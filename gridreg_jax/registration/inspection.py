@@ -28,7 +28,7 @@ def inspect(path: str | Path, image: str | Path | None = None) -> Iterator[str]:
     Raises:
       InputError: there is no such file, it is damaged, of another format, or holds what `itk.understood` refuses.
     """
-    fixed = nifti.load_image(image, placed=True, constant=True) if image else None
+    fixed = nifti.load_lattice(image) if image else None
     if str(path).endswith((".nii", ".nii.gz")):
         shape, intent = nifti.describe(path)
         if len(shape) == 4 and shape[3] == 3:
