@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 from scipy.interpolate import BSpline
 
 from configs.models import MODELS
@@ -110,6 +111,37 @@ def test_attention_is_that_of_cells_in_one_window(grid, window, shifted):
     shift = [w // 2 if shifted else 0 for w in window]
     expected = np.stack([attention_by_hand(one, params, 2, window, shift) for one in x])
     np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def block_by_hand(x, params, heads, window, shift):
+    """Attention and a perceptron, each after a layer norm and added to what it was given."""
+
+    def norm(x, params):
+        variance = x.var(-1, keepdims=True)
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(variance + 1e-5) * params["scale"] + params["bias"]
+
+    x = x + attention_by_hand(norm(x, params["attention_norm"]), params["attention"], heads, window, shift)
+    hidden = norm(x, params["hidden_norm"]) @ params["hidden"]["kernel"] + params["hidden"]["bias"]
+    hidden *= (1 + special.erf(hidden / np.sqrt(2))) / 2
+    return x + hidden @ params["out"]["kernel"] + params["out"]["bias"]
+
+
+def test_every_second_block_has_shifted_windows():
+    heads, window = 2, (2, 1, 3)
+    model = build("transmorph", embed=4, depths=(3,), heads=(heads,), window=window)
+    params, pair = jax.tree.map(lambda leaf: 3 * leaf, random_params(model)), images((12, 8, 16))
+    names = ["patch_norm", *(f"level0_block{number}" for number in range(3))]
+
+    def apply(params, *pair):
+        return model.apply(params, *pair, capture_intermediates=lambda module, _: module.name in names)[1]
+
+    found = jax.jit(apply)(params, *pair)["intermediates"]
+    given, *outputs = (np.float64(found[name]["__call__"][0][0]) for name in names)
+    for name, output, shift in zip(names[1:], outputs, [(0, 0, 0), (1, 0, 1), (0, 0, 0)], strict=True):
+        of_block = jax.tree.map(np.float64, params["params"][name])
+        expected = block_by_hand(given, of_block, heads, window, shift)
+        np.testing.assert_allclose(output, expected, atol=1e-4, err_msg=name)
+        given = output
 
 
 def test_features_are_doubled_linearly():
