@@ -9,6 +9,7 @@ import pytest
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from gridreg_jax.conv import conv3d
 from gridreg_jax.errors import InputError
 from gridreg_jax.models import build, keymorph
 from gridreg_jax.models.keymorph import center_of_mass
@@ -87,6 +88,20 @@ def test_center_of_mass_is_scipys_from_corner_to_corner(cells):
         np.testing.assert_allclose(found[case, point], expected, rtol=1e-5)
     middle = np.broadcast_to((np.array(SHAPE) - 1) / 2, (1, 5, 3))
     np.testing.assert_allclose(center_of_mass(jnp.zeros((1, *cells, 5)), SHAPE), middle)
+
+
+def test_heat_maps_are_rectified_and_halved_block_after_block():
+    image, backbone = images()[0], params()["params"]["backbone"]
+    found = jax.jit(keymorph.HeatMaps(8).apply)({"params": backbone}, image)
+    x = np.asarray(image)
+    for block in range(2):
+        x = np.asarray(conv3d(jnp.asarray(x), backbone[f"block{block}"]["kernel"]))
+        x = (x - x.mean((1, 2, 3), keepdims=True)) / np.sqrt(x.var((1, 2, 3), keepdims=True) + 1e-5)
+        # Zeros at the far end change no maximum of what is not negative.
+        x = np.pad(np.maximum(x, 0), [(0, 0), *((0, size % 2) for size in x.shape[1:4]), (0, 0)])
+        x = np.max([x[:, i::2, j::2, k::2] for i, j, k in np.ndindex(2, 2, 2)], axis=0)
+    assert found.min() >= 0
+    np.testing.assert_allclose(found, x, atol=1e-4)
 
 
 @each_transform

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from gridreg_jax.models import build
 from gridreg_jax.models.segmenter import Segmenter, _finer
@@ -39,6 +40,37 @@ def test_features_lie_where_they_were_computed(size, factor):
     places = np.arange(0, size, factor, dtype=np.float32)
     found = _finer(jnp.asarray(places).reshape(1, -1, 1, 1, 1), (size, 1, 1), factor)[0, :, 0, 0, 0]
     np.testing.assert_allclose(found, np.minimum(np.arange(size), places[-1]), atol=1e-5)
+
+
+def layer_by_hand(x, params, step=1):
+    """Convolution, instance norm and leaky rectifier."""
+    kernels = np.moveaxis(np.float64(params["kernel"]), (3, 4), (1, 0))
+    parts = [[ndimage.correlate(x[..., i], k, mode="constant") for i, k in enumerate(kernel)] for kernel in kernels]
+    x = np.moveaxis(np.sum(parts, axis=1), 0, -1)[::step, ::step, ::step]
+    x = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+    return np.where(x > 0, x, 0.1 * x)
+
+
+def finer_by_hand(x, params, shape, factor):
+    """A linear map of the features, and those between them and beyond."""
+    x = x @ params["kernel"] + params["bias"]
+    grid = np.indices(shape) / factor
+    return np.stack([ndimage.map_coordinates(x[..., c], grid, order=1, mode="nearest") for c in range(x.shape[-1])], -1)
+
+
+def test_each_finer_level_joins_those_that_are_coarser():
+    image = images(shape=(9, 8, 10))[0]
+    model = Segmenter(labels=2, width=2)
+    params = random_params(model, image)["params"]
+    found = jax.jit(model.apply)({"params": params}, image)[0]
+    levels = [np.float64(image[0])]
+    for level, step in enumerate((2, 2, 2, 1)):
+        levels.append(layer_by_hand(levels[-1], params["encoder"][f"level{level}"], step))
+    _, *finer, x = levels
+    for level, factor in ((2, 1), (1, 2), (0, 2)):
+        x = finer_by_hand(x, params[f"projection{level}"], finer[level].shape[:3], factor) + finer[level]
+        x = layer_by_hand(x, params[f"level{level}"])
+    np.testing.assert_allclose(found, finer_by_hand(x, params["head"], (9, 8, 10), 2), atol=1e-4)
 
 
 def test_it_learns_from_labels_alone_and_the_rest_sees_what_it_tells():
