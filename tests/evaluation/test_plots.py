@@ -36,6 +36,29 @@ def test_picture_of_a_case(tmp_path):
     assert (picture != read(tmp_path / "still.png")).mean() > 0.01
 
 
+def test_every_panel_shows_its_middle_plane_upright_and_in_proportion(tmp_path, monkeypatch):
+    figures, factors = [], (1.1, 0.8, 1.5)
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    stretched = np.indices(SHAPE).transpose(1, 2, 3, 0) * np.subtract(factors, 1)
+    given = arrays() | {"displacement": stretched, "sigma_mm": np.random.default_rng(1).uniform(size=SHAPE)}
+    plots.case_picture(tmp_path / "case.png", given, (1.0, 2.0, 5.0), "")
+    fixed, moving, warped = (given[name][..., 0] for name in ("fixed", "moving", "warped"))
+    determinant = np.full(SHAPE, np.prod(factors))
+    volumes = [fixed, moving, warped, moving - fixed, warped - fixed, fixed, determinant, given["sigma_mm"]]
+    rows = np.reshape(figures[0].axes[: 3 * len(volumes)], (3, -1))  # colour bars come behind
+    across = [(slice(None), slice(None), 5), (slice(None), 7), (6,)]
+    for row, plane, aspect, shown in zip(rows, across, (2, 5, 2.5), [(0, 1), (0, 2), (1, 2)], strict=True):
+        for axis, volume in zip(row, volumes, strict=True):
+            (image,) = axis.images
+            assert (image.origin, axis.get_aspect()) == ("lower", aspect)
+            np.testing.assert_allclose(image.get_array(), volume[plane].T, atol=1e-5)
+        right, upwards = (factors[along] * np.arange(SHAPE[along]) for along in shown)
+        lines = row[5].lines
+        assert len(lines) == len(right) + len(upwards)
+        np.testing.assert_allclose(lines[2].get_xydata().T, [np.full_like(upwards, right[2]), upwards])
+        np.testing.assert_allclose(lines[len(right) + 3].get_xydata().T, [right, np.full_like(right, upwards[3])])
+
+
 def test_picture_keeps_the_proportions_of_the_voxels(tmp_path):
     plots.case_picture(tmp_path / "cubes.png", arrays(), (1.0, 1.0, 1.0), "")
     plots.case_picture(tmp_path / "slabs.png", arrays(), (1.0, 1.0, 4.0), "")

@@ -18,13 +18,13 @@ from gridreg_jax.registration.report import _png, page
 from gridreg_jax.transforms.certificate import certify
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SHAPE = (20, 30, 25)
+SHAPE, SHIFT = (20, 30, 25), (1.5, -2.0, 3.0)
 
 
 @pytest.fixture(scope="module")
 def text():
     volume = Volume(np.random.default_rng(0).uniform(size=SHAPE).astype(np.float32), np.eye(4), Path("scan<1>.nii"))
-    control_grid = np.zeros((4, 4, 4, 3))
+    control_grid = np.zeros((4, 4, 4, 3)) + SHIFT
     stages = (StageResult((4, 4, 4), SHAPE, (0.9, 0.7, 0.6)), StageResult((5, 5, 5), SHAPE, (0.5, 0.4)))
     certificate = certify(control_grid, SHAPE)
     registration = Registration(
@@ -51,6 +51,18 @@ def test_the_page_is_whole(text):
     assert "invertible everywhere" in text and "4x4x4 on 20x30x25 voxels" in text
     assert "before none, after 0.5" in text
     assert text.count("<polyline") == 2 and text.count("uncertainty") == 1
+
+
+def test_the_grid_is_drawn_where_the_displacement_takes_it(text):
+    first_lines = re.findall(r'<path d="M([^M"]+)', text)
+    assert len(first_lines) == 3
+    for line, (right, upwards) in zip(first_lines, [(0, 1), (0, 2), (1, 2)], strict=True):
+        pixels = 190 / max(SHAPE[right] - 1, SHAPE[upwards] - 1)
+        x, y = np.array([point.split(",") for point in line.split()], float).T
+        np.testing.assert_allclose(x, np.full(SHAPE[upwards], pixels * SHIFT[right]), atol=0.051)
+        # Rows of pixels count downwards.
+        voxels = np.arange(SHAPE[upwards]) + SHIFT[upwards]
+        np.testing.assert_allclose(y, pixels * (SHAPE[upwards] - 1 - voxels), atol=0.051)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser")
