@@ -1,8 +1,10 @@
 """The training step: several devices do what one does, and the state is consumed."""
 
+import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -225,6 +227,24 @@ def test_steps_are_scheduled_for_memory():
         lowered.compile(options).memory_analysis().temp_size_in_bytes for options in (compiler_options(), {})
     ]
     assert temporaries[0] < 0.8 * temporaries[1]
+
+
+@pytest.mark.parametrize(
+    ("platform", "stats", "free", "granted", "expected"),
+    [
+        ("cpu", None, 1000, 900, 300),
+        ("cpu", None, 900, math.inf, 300),
+        ("gpu", dict(bytes_limit=800, bytes_in_use=300), 900, 900, 500),
+        ("gpu", None, 900, 900, None),
+    ],
+)
+def test_three_devices_share_what_the_cpu_has_left(platform, stats, free, granted, expected, monkeypatch):
+    device = SimpleNamespace(platform=platform, memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device] * 3)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 3)
+    monkeypatch.setattr(training.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(training, "left_to_group", lambda: granted)
+    assert training.memory_available() == expected
 
 
 def test_a_step_that_would_not_fit_is_refused_before_it_runs(monkeypatch):
