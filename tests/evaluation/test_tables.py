@@ -71,3 +71,15 @@ def test_the_terminal_shows_what_the_summary_holds(rows):
     shown = {line[:22].strip(): line[22:].split() for line in lines[2:]}
     assert shown["dice"] == ["0.4000", "0.8000", "0.1000"]
     assert shown.keys() == {"dice", "tre_mm", "folding_percent", "sd_log_jacobian", "seconds a case"}
+
+
+def test_columns_of_any_width_stand_below_their_names():
+    rows = [
+        dict(system="a", dice=0.5, mse=1.0, number_of_parameters=1_234_567),
+        dict(system="the longest", dice=0.25, mse=0.125, number_of_parameters=8),
+    ]
+    assert tables.format_rows(rows).splitlines() == [
+        "                   dice         mse  number_of_parameters",
+        "a                0.5000      1.0000             1,234,567",
+        "the longest      0.2500      0.1250                     8",
+    ]
