@@ -46,12 +46,18 @@ def params(workdir):
     return found[1].params
 
 
+@pytest.fixture
+def port():
+    """A port that no other program is given: it stays bound, and only who asks to share it, as JAX does, gets it."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
 @pytest.mark.skipif(jax.local_device_count() != 2, reason="the run that they must equal has two devices")
-def test_two_processes_are_two_devices(subjects_csv, tmp_path):
+def test_two_processes_are_two_devices(subjects_csv, tmp_path, port):
     values = TINY | {"data.subjects": str(subjects_csv)}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "train.py", "--config=configs/brain.py", f"--workdir={tmp_path / 'two'}"]
     command += [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
     command += [f"--config.{name}={value}" for name, value in values.items()]
