@@ -1,5 +1,6 @@
 """What the programs share: set-up of the process, and one line instead of a traceback for user mistakes."""
 
+import socket
 import sys
 from collections.abc import Callable
 
@@ -66,7 +67,7 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
       processes, process: how many there are, and which this one is; not with "auto".
 
     Raises:
-      InputError: one without the others, or no such cluster or coordinator.
+      InputError: one without the others, no such cluster or coordinator, or a port that another program has.
     """
     explicit = (processes, process)
     if coordinator is None and explicit != (None, None):
@@ -77,6 +78,12 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
         raise InputError("--coordinator=host:port needs --processes (how many) and --process (which one, from 0)")
     if coordinator == "auto" and explicit != (None, None):
         raise InputError("--coordinator=auto finds --processes and --process by itself: leave them out")
+    if process == 0:
+        # JAX would crash where another program has the port.
+        try:
+            socket.create_server(("", int(coordinator.rpartition(":")[2])), reuse_port=True).close()
+        except (OSError, OverflowError, ValueError) as error:
+            raise InputError(f"--coordinator={coordinator}: that port cannot be used here ({error})") from error
     import jax
 
     try:

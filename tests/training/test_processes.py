@@ -93,6 +93,13 @@ def test_processes_that_cannot_be_joined(options, message):
         join_processes(*options)
 
 
+def test_a_port_that_another_program_has_is_named():
+    with socket.create_server(("", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"--coordinator={address}: that port cannot be used here .*in use"):
+            join_processes(address, 2, 0)
+
+
 def test_systems_are_compared_by_one_process():
     command = [sys.executable, "train.py", "--config=configs/compare.py", "--coordinator=host:1"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
