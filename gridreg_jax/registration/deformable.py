@@ -151,8 +151,8 @@ def deform(
       matrix: RAS mm of the fixed image -> RAS mm of the moving image.
       preset: the stages.
       similarity: a name in `PENALTY_SCALE`.
-      grid: for the last stage, the number of control points an axis (int), or the length of a cell in mm (float);
-        None for the preset's.
+      grid: for the last stage, the number of control points an axis (int), or the length of a cell in mm (float), to
+        which each axis comes as close as cells of at least two voxels can; None for the preset's.
       mask: where the fixed image counts (values other than 0); None: everywhere.
       method: a name in `instance.METHODS`. With a velocity, the control grid returned is the closest to its flow.
       start: u to begin with, in voxels of `fixed` at its voxels; None: 0. Not with a velocity. The bending energy
@@ -233,20 +233,23 @@ def last_cells(fixed: Volume, preset: Preset, grid: int | float | None) -> Seque
     """Cells an axis of the last control grid. Arguments and errors as for `deform`."""
     shape, spacing = np.array(fixed.array.shape), geometry.spacing(fixed.affine)
     if isinstance(grid, int):
-        if not 4 <= grid <= max(shape) + 3:
-            raise InputError(f"a control grid has from 4 to {max(shape) + 3} points an axis here, not {grid}")
+        if not 4 <= grid <= max(shape) + 2:
+            raise InputError(f"a control grid has from 4 to {max(shape) + 2} points an axis here, not {grid}")
         return [min(grid - 3, int(size) - 1) for size in shape]
     if grid is not None and not grid >= spacing.min():  # nor is NaN
         raise InputError(f"cells of {grid:g} mm: they cannot be smaller than a voxel here, {spacing.min():.3g} mm")
-    length = preset.cell * spacing.min() if grid is None else grid
     cells = []
-    for size, step in zip(shape, spacing, strict=True):
-        # Whole numbers of the first stage's cells, so that halving is exact; no cell of less than two voxels.
+    for side_mm, size in zip((shape - 1) * spacing, shape, strict=True):
+        most = max(1, (int(size) - 1) // 2)  # no cell of less than two voxels
+        if grid is not None:
+            cells.append(min(range(1, most + 1), key=lambda count, side_mm=side_mm: abs(side_mm / count - grid)))
+            continue
+        wanted = side_mm / (preset.cell * spacing.min())
+        # Whole numbers of the first stage's cells, so that halving is exact, unless these were none or too small.
         halvings = max(stage.halvings for stage in preset.stages)
-        first = max(1, round((size - 1) * step / (length * 2**halvings)))
-        while halvings and first * 2**halvings * 2 > size - 1:
+        while halvings and not 1 <= round(wanted / 2**halvings) <= most / 2**halvings:
             halvings -= 1
-        cells.append(first * 2**halvings)
+        cells.append(min(max(1, round(wanted / 2**halvings)) * 2**halvings, most))
     return cells
 
 

@@ -234,6 +234,7 @@ def _compare(registration: Registration) -> tuple[dict, dict]:
     determinant, *statistics = _jacobian(registration.displacement)
     lowest, highest, folded, deviation = map(float, statistics)
     certificate = registration.certificate
+    sides_mm = np.subtract(fixed.array.shape, 1) * geometry.spacing(fixed.affine)
     numbers = {
         "correlation": correlation,
         "affine": matrix.tolist(),
@@ -241,6 +242,7 @@ def _compare(registration: Registration) -> tuple[dict, dict]:
         "stages": [
             {
                 "grid_size": stage.grid_size,
+                "cell_mm": (sides_mm / np.subtract(stage.grid_size, 3)).tolist(),
                 "shape": stage.shape,
                 "steps": len(stage.similarity),
                 "similarity": stage.similarity,

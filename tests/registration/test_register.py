@@ -83,6 +83,10 @@ def test_the_map_is_close_to_the_true_one(out):
     assert tre_mm["after"] < 1.5 < 10 < tre_mm["before"] and tre_mm["after"] < tre_mm["affine"] < tre_mm["before"]
     assert dice["after"] > 0.9 > dice["before"] and dice["after"] > dice["affine"] > dice["before"]
     assert metrics["folding_percent"] == 0 and metrics["certificate"]["invertible"]
+    sides_mm = np.sort(np.subtract(FIXED, 1) * (3.0, 3.0, 4.5))
+    for stage in metrics["stages"]:
+        found_mm = np.sort(np.multiply(stage["cell_mm"], np.subtract(stage["grid_size"], 3)))
+        np.testing.assert_allclose(found_mm, sides_mm)
     assert metrics["correlation"]["after"] > metrics["correlation"]["affine"] > metrics["correlation"]["before"]
 
 
