@@ -20,6 +20,7 @@ from gridreg_jax.data.preprocess import field_of_view, resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.instance import flow, refine_recorded
 from gridreg_jax.programs import stored
+from gridreg_jax.registration.mask import kept
 from gridreg_jax.transforms import bspline
 from gridreg_jax.transforms.certificate import Certificate, certify
 from gridreg_jax.transforms.interpolation import axis_weights, interpolate
@@ -282,7 +283,7 @@ def on_lattice(
     wide_affine, wide = _extended(fixed, shape, margin)
     known = field_of_view(moving, matrix @ affine, shape)
     if mask is not None:
-        known &= resample(mask, affine, shape, labels=True) != 0
+        known &= kept(mask, affine, shape)
     of_fixed, of_moving = label_maps or ((), ())
     with ThreadPoolExecutor(2) as pool:  # SciPy lets go of the interpreter.
         images = (

@@ -23,6 +23,7 @@ from gridreg_jax.programs import stored
 from gridreg_jax.registration import affine as affine_start
 from gridreg_jax.registration import deformable
 from gridreg_jax.registration.deformable import PENALTY_SCALE, PRESETS, StageResult
+from gridreg_jax.registration.mask import kept
 from gridreg_jax.transforms.affine import apply_affine
 from gridreg_jax.transforms.certificate import Certificate
 from gridreg_jax.transforms.interpolation import interpolate
@@ -269,7 +270,7 @@ def register(
         fixed_working, moving_working = pool.map(at_work, (fixed, moving))
     mask = mask if mask is None or isinstance(mask, Volume) else nifti.load_labels(mask, like=fixed)
     if mask is not None:
-        left = resample(mask, fixed_working.affine, fixed_working.array.shape, labels=True) != 0
+        left = kept(mask, fixed_working.affine, fixed_working.array.shape)
         _check_mask(mask, left, "the mask leaves")
     stages = PRESETS[preset]
     deformable.last_cells(fixed_working, stages, grid)  # A mistake is named before the long part.
