@@ -280,7 +280,10 @@ def _correlation(fixed: Float32[np.ndarray, "X Y Z"], warped: Float32[np.ndarray
 def _overlaps(
     registration: Registration, fixed: Int32[np.ndarray, "X Y Z"], moving: Volume, warped: Int32[np.ndarray, "X Y Z"]
 ) -> dict:
-    """Dice of every label of both images, and the mean over them: by the headers, by the affine part and by all."""
+    """Dice of the labels that both images hold, and the mean over them: by the headers, by the affine part and by all.
+
+    One that the map takes out of the fixed image counts 0.
+    """
     straight = (
         pull(
             moving,
@@ -290,7 +293,8 @@ def _overlaps(
         )
         for matrix in (np.eye(4), registration.matrix)
     )
-    ids = np.unique(np.concatenate([np.unique(fixed), np.unique(moving.array)]))
+    of_both = [np.unique(labels) for labels in (fixed, moving.array)]
+    ids, shared = np.unique(np.concatenate(of_both)), np.setdiff1d(np.intersect1d(*of_both), 0)
 
     def count(labels):
         return np.bincount(np.searchsorted(ids, labels[labels != 0]), minlength=len(ids))
@@ -298,7 +302,7 @@ def _overlaps(
     result, size = {}, count(fixed)
     for name, labels in zip(("before", "affine", "after"), (*straight, warped), strict=True):
         counts = zip(ids, size + count(labels), count(fixed[fixed == labels]), strict=True)
-        dice = {int(i): float(2 * common / both) for i, both, common in counts if both}
+        dice = {int(i): float(2 * common / both) for i, both, common in counts if i in shared}
         result[name] = {"mean": float(np.mean(list(dice.values()))) if dice else None, "labels": dice}
     return result
 

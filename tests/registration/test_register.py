@@ -245,6 +245,21 @@ def test_an_unknown_name_is_named(folder, option, name):
         register(folder / "fixed.nii.gz", folder / "moving.nii.gz", **{option: name})
 
 
+def test_overlap_is_of_the_labels_that_both_images_hold_whatever_the_map_does_to_them(found):
+    moving = np.zeros((8, 8, 8), np.int32)
+    moving[1:3], moving[5, :2], moving[6:] = 1, 4, 9  # 9 is in the moving image alone
+    fixed = np.where(moving == 9, 7, moving)  # and 7 in the fixed one
+    far = nib.affines.from_matvec(np.eye(3), [30, 0, 0])
+    registration = dataclasses.replace(found, fixed=Volume(fixed, np.eye(4), Path("fixed")), matrix=far)
+    warped = np.where(moving == 4, 0, moving)  # 4 has vanished
+    dice = results._overlaps(registration, fixed, Volume(moving, far, Path("moving")), warped)
+    assert dice["before"] == {"mean": 0.0, "labels": {1: 0.0, 4: 0.0}}
+    assert dice["affine"] == {"mean": 1.0, "labels": {1: 1.0, 4: 1.0}}
+    assert dice["after"] == {"mean": 0.5, "labels": {1: 1.0, 4: 0.0}}
+    none = results._overlaps(registration, fixed * (fixed == 7), Volume(moving, far, Path("moving")), warped)
+    assert none == dict.fromkeys(("before", "affine", "after"), {"mean": None, "labels": {}})
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_single_slice_and_slanted_axes_are_refused(found, which):
     pair, slanted = [found.fixed, found.moving], np.eye(4)
