@@ -131,6 +131,7 @@ def _register(options: argparse.Namespace) -> None:
 
         def notify(stage):
             size, values = "x".join(map(str, stage.grid_size)), [f"{value:.3f}" for value in stage.similarity]
+            bar.total = bar.n + 1 + stage.remaining  # A network leaves fewer of them.
             bar.set_description(f"grid {size}: {options.similarity} {' to '.join(values[:1] + values[1:][-1:])}")
             bar.update()
 

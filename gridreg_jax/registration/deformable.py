@@ -99,11 +99,13 @@ class StageResult:
       grid_size: control points an axis.
       shape: voxels of the lattice.
       similarity: before each step.
+      remaining: how many stages follow it.
     """
 
     grid_size: tuple[int, int, int]
     shape: tuple[int, int, int]
     similarity: tuple[float, ...]
+    remaining: int = 0
 
 
 def refining(preset: Preset, steps: int) -> Preset:
@@ -183,8 +185,8 @@ def deform(
         }
         for stage in preset.stages:
             control_grid, result = _run(control_grid, shape, images[stage.coarsening].result(), stage, cells, **options)
-            results.append(result)
-            notify(result)
+            results.append(dataclasses.replace(result, remaining=len(preset.stages) - 1 - len(results)))
+            notify(results[-1])
     target = None if method == "grid" else np.asarray(_flow(control_grid[None], shape)[0])
     if target is not None:
         control_grid = _fitted(target, control_grid.shape[:3])
