@@ -30,6 +30,11 @@ from gridreg_jax.registration.register import Registration, pull
 from gridreg_jax.registration.report import page
 from gridreg_jax.transforms.jacobian import jacobian_determinant
 
+# What `save` may write, but for what is named after its inputs.
+FILES = (
+    *(f"{name}.nii.gz" for name in "warped displacement inverse_displacement learn2reg_displacement sigma".split()),
+    *("transform.tfm", "spline.mat", "metrics.json", "report.html"),
+)
 # To which displacements are rounded in files: a third of the time to compress them, a quarter less to store.
 STEPS_PER_MM = np.float32(4096)
 
@@ -160,6 +165,22 @@ def warped_names(volumes: Sequence[Volume]) -> list[str]:
     return list(paths)
 
 
+def check_inputs(
+    out: str | Path,
+    inputs: Sequence[str | Path],
+    warped: Sequence[Volume],
+    fixed_points: str | Path | None,
+    moving_points: str | Path | None,
+) -> None:
+    """Raise `InputError` if one of the input files is one that `save` would write for these volumes and points."""
+    names = [*FILES, *warped_names(warped)]
+    names += [_mapped_name(path, where) for path, where in ((fixed_points, "moving"), (moving_points, "fixed")) if path]
+    for written in filter(Path.exists, (Path(out) / name for name in names)):
+        for path in inputs:
+            if Path(path).exists() and written.samefile(path):
+                raise InputError(f"{path}: a result would take its place: give another folder than {out}")
+
+
 Points = dict[int, Float[np.ndarray, "3"]]
 
 
@@ -192,6 +213,10 @@ def write_points(path: Path, points: Points) -> None:
             temporary.write_text("\n".join(["id,x,y,z", *lines]) + "\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _mapped_name(path: str | Path, where: str) -> str:
+    return f"{_stem(Path(path))}_in_{where}.csv"
 
 
 def _stem(path: Path) -> str:
@@ -331,7 +356,7 @@ def _map_points(
     ):
         if points:
             mapped[where] = dict(zip(points, maps(np.array(list(points.values()))), strict=True))
-            write_points(folder / f"{_stem(Path(path))}_in_{where}.csv", mapped[where])
+            write_points(folder / _mapped_name(path, where), mapped[where])
     if not (fixed and moving):
         return {}
     common = sorted(fixed.keys() & moving.keys())

@@ -94,6 +94,7 @@ def test_the_folder_holds_what_it_should_and_nothing_half_written(out):
     images = "warped warped_moving_labels warped_moving"
     names = f"{images} displacement inverse_displacement learn2reg_displacement".split()
     expected = {f"{name}.nii.gz" for name in names} | {"transform.tfm", "spline.mat", "metrics.json", "report.html"}
+    assert set(results.FILES) - expected == {"sigma.nii.gz"}
     expected |= {"fixed_points_in_moving.csv", "moving_points_in_fixed.csv"}
     assert {path.name for path in out.iterdir()} == expected
     assert (out / "report.html").read_text().count("data:image/png;base64") == 27
