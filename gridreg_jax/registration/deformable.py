@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from scipy import ndimage
 
 from gridreg_jax import geometry
@@ -43,6 +43,24 @@ PENALTY_SCALE = {"lncc": 1.0, "ncc": 0.3, "nmi": 0.2, "mind": 0.1, "mse": 0.1}
 
 # Probabilities of labels in the fixed and in the moving image, a volume a label.
 LabelMaps = tuple[Sequence[Volume], Sequence[Volume]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """The map `y = matrix (x + u(x))` to begin with: an affine part, and what a network predicts.
+
+    Attributes:
+      matrix: RAS mm -> RAS mm; from a trained network a translation, which brings the middles of its two lattices onto
+        each other.
+      displacement: u at the voxels of a lattice, in its voxels; None: 0.
+      sigma_mm: with a Bayesian head, there, the root of the summed variances of its three components.
+      label_maps: with a segmenter, the probabilities of each label in the fixed and in the moving image.
+    """
+
+    matrix: Float[np.ndarray, "4 4"]
+    displacement: Float32[np.ndarray, "X Y Z 3"] | None = None
+    sigma_mm: Float32[np.ndarray, "X Y Z"] | None = None
+    label_maps: LabelMaps | None = None
 
 
 @dataclasses.dataclass(frozen=True)
