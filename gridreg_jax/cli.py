@@ -107,9 +107,11 @@ def _register(options: argparse.Namespace) -> None:
     from gridreg_jax.data import nifti
     from gridreg_jax.registration.deformable import PRESETS
     from gridreg_jax.registration.register import register
-    from gridreg_jax.registration.results import filling, load_points, save, warped_names
+    from gridreg_jax.registration.results import check_inputs, filling, load_points, save
 
     start = time.monotonic()
+    if not options.out:
+        raise InputError("--out is empty: give a folder")
     if options.fixed_labels and not options.moving_labels:
         raise InputError("--fixed-labels are for the Dice overlap and need --moving-labels")
 
@@ -122,8 +124,11 @@ def _register(options: argparse.Namespace) -> None:
         load_other = functools.partial(nifti.load_image, placed=True, constant=True)
         also_apply = [*pool.map(load_other, options.also_apply)]
         also_apply += pool.map(functools.partial(nifti.load_labels, placed=True), options.also_apply_labels)
-    warped_names([*also_apply, *([moving_labels] if moving_labels else [])])
-    load_points(fixed, moving, options.fixed_points, options.moving_points)
+    points = options.fixed_points, options.moving_points
+    inputs = (options.fixed, options.moving, options.mask, options.affine, options.fixed_labels, options.moving_labels)
+    inputs = [*filter(None, inputs + points), *options.also_apply, *options.also_apply_labels]
+    check_inputs(options.out, inputs, [*also_apply, *([moving_labels] if moving_labels else [])], *points)
+    load_points(fixed, moving, *points)
     with filling(Path(options.out)):
         pass  # Where nothing can be written, that is said before the long part.
 
@@ -131,6 +136,7 @@ def _register(options: argparse.Namespace) -> None:
 
         def notify(stage):
             size, values = "x".join(map(str, stage.grid_size)), [f"{value:.3f}" for value in stage.similarity]
+            bar.total = bar.n + 1 + stage.remaining  # A network leaves fewer of them.
             bar.set_description(f"grid {size}: {options.similarity} {' to '.join(values[:1] + values[1:][-1:])}")
             bar.update()
 

@@ -18,6 +18,7 @@ from gridreg_jax.errors import InputError
 from gridreg_jax.instance import descend
 from gridreg_jax.losses import nmi
 from gridreg_jax.programs import stored
+from gridreg_jax.registration.mask import kept
 from gridreg_jax.transforms.warp import identity_grid, sample
 
 # Voxels along every side, steps, and step size in the unit of the parameters (see `_matrix`). At the coarsest level
@@ -72,7 +73,7 @@ def align(
         to_moving = np.linalg.inv(moving_level.affine)
         weight = np.ones(fixed_level.array.shape, np.float32)
         if mask is not None:
-            weight = resample(mask, fixed_level.affine, weight.shape, labels=True) != 0
+            weight = kept(mask, fixed_level.affine, weight.shape)
         possible = min(1, _size_mm3(moving) / _size_mm3(fixed))
         losses, parameters = _search(
             fixed_level.array,

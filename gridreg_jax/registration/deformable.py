@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from scipy import ndimage
 
 from gridreg_jax import geometry
@@ -20,6 +20,7 @@ from gridreg_jax.data.preprocess import field_of_view, resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.instance import flow, refine_recorded
 from gridreg_jax.programs import stored
+from gridreg_jax.registration.mask import kept
 from gridreg_jax.transforms import bspline
 from gridreg_jax.transforms.certificate import Certificate, certify
 from gridreg_jax.transforms.interpolation import axis_weights, interpolate
@@ -42,6 +43,24 @@ PENALTY_SCALE = {"lncc": 1.0, "ncc": 0.3, "nmi": 0.2, "mind": 0.1, "mse": 0.1}
 
 # Probabilities of labels in the fixed and in the moving image, a volume a label.
 LabelMaps = tuple[Sequence[Volume], Sequence[Volume]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """The map `y = matrix (x + u(x))` to begin with: an affine part, and what a network predicts.
+
+    Attributes:
+      matrix: RAS mm -> RAS mm; from a trained network a translation, which brings the middles of its two lattices onto
+        each other.
+      displacement: u at the voxels of a lattice, in its voxels; None: 0.
+      sigma_mm: with a Bayesian head, there, the root of the summed variances of its three components.
+      label_maps: with a segmenter, the probabilities of each label in the fixed and in the moving image.
+    """
+
+    matrix: Float[np.ndarray, "4 4"]
+    displacement: Float32[np.ndarray, "X Y Z 3"] | None = None
+    sigma_mm: Float32[np.ndarray, "X Y Z"] | None = None
+    label_maps: LabelMaps | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +117,13 @@ class StageResult:
       grid_size: control points an axis.
       shape: voxels of the lattice.
       similarity: before each step.
+      remaining: how many stages follow it.
     """
 
     grid_size: tuple[int, int, int]
     shape: tuple[int, int, int]
     similarity: tuple[float, ...]
+    remaining: int = 0
 
 
 def refining(preset: Preset, steps: int) -> Preset:
@@ -151,8 +172,8 @@ def deform(
       matrix: RAS mm of the fixed image -> RAS mm of the moving image.
       preset: the stages.
       similarity: a name in `PENALTY_SCALE`.
-      grid: for the last stage, the number of control points an axis (int), or the length of a cell in mm (float);
-        None for the preset's.
+      grid: for the last stage, the number of control points an axis (int), or the length of a cell in mm (float), to
+        which each axis comes as close as cells of at least two voxels can; None for the preset's.
       mask: where the fixed image counts (values other than 0); None: everywhere.
       method: a name in `instance.METHODS`. With a velocity, the control grid returned is the closest to its flow.
       start: u to begin with, in voxels of `fixed` at its voxels; None: 0. Not with a velocity. The bending energy
@@ -182,8 +203,8 @@ def deform(
         }
         for stage in preset.stages:
             control_grid, result = _run(control_grid, shape, images[stage.coarsening].result(), stage, cells, **options)
-            results.append(result)
-            notify(result)
+            results.append(dataclasses.replace(result, remaining=len(preset.stages) - 1 - len(results)))
+            notify(results[-1])
     target = None if method == "grid" else np.asarray(_flow(control_grid[None], shape)[0])
     if target is not None:
         control_grid = _fitted(target, control_grid.shape[:3])
@@ -233,20 +254,23 @@ def last_cells(fixed: Volume, preset: Preset, grid: int | float | None) -> Seque
     """Cells an axis of the last control grid. Arguments and errors as for `deform`."""
     shape, spacing = np.array(fixed.array.shape), geometry.spacing(fixed.affine)
     if isinstance(grid, int):
-        if not 4 <= grid <= max(shape) + 3:
-            raise InputError(f"a control grid has from 4 to {max(shape) + 3} points an axis here, not {grid}")
+        if not 4 <= grid <= max(shape) + 2:
+            raise InputError(f"a control grid has from 4 to {max(shape) + 2} points an axis here, not {grid}")
         return [min(grid - 3, int(size) - 1) for size in shape]
     if grid is not None and not grid >= spacing.min():  # nor is NaN
         raise InputError(f"cells of {grid:g} mm: they cannot be smaller than a voxel here, {spacing.min():.3g} mm")
-    length = preset.cell * spacing.min() if grid is None else grid
     cells = []
-    for size, step in zip(shape, spacing, strict=True):
-        # Whole numbers of the first stage's cells, so that halving is exact; no cell of less than two voxels.
+    for side_mm, size in zip((shape - 1) * spacing, shape, strict=True):
+        most = max(1, (int(size) - 1) // 2)  # no cell of less than two voxels
+        if grid is not None:
+            cells.append(min(range(1, most + 1), key=lambda count, side_mm=side_mm: abs(side_mm / count - grid)))
+            continue
+        wanted = side_mm / (preset.cell * spacing.min())
+        # Whole numbers of the first stage's cells, so that halving is exact, unless these were none or too small.
         halvings = max(stage.halvings for stage in preset.stages)
-        first = max(1, round((size - 1) * step / (length * 2**halvings)))
-        while halvings and first * 2**halvings * 2 > size - 1:
+        while halvings and not 1 <= round(wanted / 2**halvings) <= most / 2**halvings:
             halvings -= 1
-        cells.append(first * 2**halvings)
+        cells.append(min(max(1, round(wanted / 2**halvings)) * 2**halvings, most))
     return cells
 
 
@@ -279,7 +303,7 @@ def on_lattice(
     wide_affine, wide = _extended(fixed, shape, margin)
     known = field_of_view(moving, matrix @ affine, shape)
     if mask is not None:
-        known &= resample(mask, affine, shape, labels=True) != 0
+        known &= kept(mask, affine, shape)
     of_fixed, of_moving = label_maps or ((), ())
     with ThreadPoolExecutor(2) as pool:  # SciPy lets go of the interpreter.
         images = (

@@ -1,6 +1,5 @@
 """A network's proposal for two images, trained before or fitted to the two: where the optimisation begins."""
 
-import dataclasses
 import functools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,30 +11,13 @@ from gridreg_jax import ncf, rng
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.data.preprocess import Lattice, place
 from gridreg_jax.programs import stored
-from gridreg_jax.registration.deformable import LabelMaps, on_lattice
+from gridreg_jax.registration.deformable import Start, on_lattice
 from gridreg_jax.training.trained import Trained
 from gridreg_jax.transforms.affine import apply_affine
 from gridreg_jax.transforms.warp import identity_grid, sample
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Proposal:
-    """The map `y = matrix (x + u(x))` that a network predicts.
-
-    Attributes:
-      matrix: RAS mm -> RAS mm; a translation, which brings the middles of the two lattices onto each other.
-      displacement: u at the voxels of the lattice that it was asked for, in its voxels.
-      sigma_mm: with a Bayesian head, there, the root of the summed variances of its three components.
-      label_maps: with a segmenter, the probabilities of each label in the fixed and in the moving image.
-    """
-
-    matrix: Float[np.ndarray, "4 4"]
-    displacement: Float32[np.ndarray, "X Y Z 3"]
-    sigma_mm: Float32[np.ndarray, "X Y Z"] | None
-    label_maps: LabelMaps | None
-
-
-def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Proposal:
+def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Start:
     """Run a network on two images, prepared as those it was trained on, and bring its map onto a lattice.
 
     Args:
@@ -69,7 +51,7 @@ def propose(trained: Trained, fixed: Volume, moving: Volume, like: Volume) -> Pr
             [Volume(np.asarray(one), side.affine, volume.path) for one in np.moveaxis(array[0], -1, 0)]
             for array, side, volume in zip(predicted, (on_fixed, on_moving), (fixed, moving), strict=True)
         )
-    return Proposal(on_moving.affine @ np.linalg.inv(on_fixed.affine), np.asarray(displacement), sigma_mm, label_maps)
+    return Start(on_moving.affine @ np.linalg.inv(on_fixed.affine), np.asarray(displacement), sigma_mm, label_maps)
 
 
 def fit_ncf(

@@ -22,7 +22,8 @@ from gridreg_jax.export.inverse import points_back
 from gridreg_jax.programs import stored
 from gridreg_jax.registration import affine as affine_start
 from gridreg_jax.registration import deformable
-from gridreg_jax.registration.deformable import PENALTY_SCALE, PRESETS, StageResult
+from gridreg_jax.registration.deformable import PENALTY_SCALE, PRESETS, StageResult, Start
+from gridreg_jax.registration.mask import kept
 from gridreg_jax.transforms.affine import apply_affine
 from gridreg_jax.transforms.certificate import Certificate
 from gridreg_jax.transforms.interpolation import interpolate
@@ -246,20 +247,8 @@ def register(
     Raises:
       InputError: an image is not as it should be, the two do not overlap, or an argument is unknown.
     """
-    for name, value, known in (("preset", preset, PRESETS), ("similarity", similarity, PENALTY_SCALE)):
-        if value not in known:
-            raise InputError(f"{name} {value!r} is not known: the known ones are {', '.join(known)}")
-    if method not in METHODS:
-        raise InputError(f"method {method!r} is not known: the known ones are {', '.join(METHODS)}")
-    if method != "grid" and model is not None:
-        raise InputError("a model takes the place of the method: leave out one of the two")
-    if refine is not None and ((model is None and method != "ncf") or refine < 0):
-        raise InputError(f"refine, {refine}, is a number of steps from 0 that follow a network: give a model or ncf")
-    if model is not None and not (isinstance(affine, str) and affine == "auto"):
-        raise InputError("a model brings its own alignment: leave affine at 'auto'")
+    _check_arguments(preset, affine, similarity, grid, method, model, refine)
     matrix = given_affine(affine)
-    if not (grid is None or isinstance(grid, (int, float, np.integer))):
-        raise InputError(f"grid is {grid!r}: give points an axis (10), a length of cells in mm (5.0), or None")
     grid = int(grid) if isinstance(grid, np.integer) else grid
     programs.keep()
     with ThreadPoolExecutor(2) as pool:
@@ -269,71 +258,108 @@ def register(
         fixed_working, moving_working = pool.map(at_work, (fixed, moving))
     mask = mask if mask is None or isinstance(mask, Volume) else nifti.load_labels(mask, like=fixed)
     if mask is not None:
-        left = resample(mask, fixed_working.affine, fixed_working.array.shape, labels=True) != 0
+        left = kept(mask, fixed_working.affine, fixed_working.array.shape)
         _check_mask(mask, left, "the mask leaves")
     stages = PRESETS[preset]
     deformable.last_cells(fixed_working, stages, grid)  # A mistake is named before the long part.
     options = dict(similarity=similarity, grid=grid, method="grid" if method == "ncf" else method)
-    trained = displacement = sigma_mm = label_maps = None
-    if model is not None:
-        # Imported here: most registrations have no network.
-        from gridreg_jax.registration.network import propose
-        from gridreg_jax.training.trained import in_use, load_trained
-
-        trained = load_trained(model, notify=lambda line: None)
-        refine = trained.config["refinement"]["steps"] if refine is None else refine
+    trained = None if model is None else _trained(model)
+    if trained is not None and refine is None:
+        refine = trained.config["refinement"]["steps"]
     from_network = trained is not None or method == "ncf"
     if from_network:
         stages = deformable.refining(stages, refine or 0)
-    start = time.monotonic()
+    begun = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         # The next part's programs are brought while this one runs.
         expected = dict(from_start=from_network, labels=getattr(trained.model, "labels", 0) if trained else 0)
         loading = pool.submit(deformable.load, fixed_working, preset=stages, **expected, **options)
         if trained is not None:
-            with in_use(model):
-                proposal = propose(trained, fixed, moving, fixed_working)
-            matrix, displacement, sigma_mm = proposal.matrix, proposal.displacement, proposal.sigma_mm
-            label_maps = proposal.label_maps
-        elif matrix is None:
-            kind = "rigid" if affine == "rigid" else "affine"
-            matrix = affine_start.align(fixed_working, moving_working, mask, kind=kind)
-        affine_start.check_overlap(fixed, moving, matrix)
+            start = _start_by_network(trained, model, fixed, moving, fixed_working)
+        else:
+            start = _start_by_affine(fixed_working, moving_working, mask, affine, matrix)
+        affine_start.check_overlap(fixed, moving, start.matrix)
         if mask is not None:
-            shown = field_of_view(moving, matrix @ fixed_working.affine, left.shape)
+            shown = field_of_view(moving, start.matrix @ fixed_working.affine, left.shape)
             _check_mask(mask, left & shown, f"of what the mask leaves {moving.path} shows")
         if method == "ncf":
-            from gridreg_jax.registration.network import fit_ncf
-
-            displacement = fit_ncf(fixed_working, moving_working, matrix, mask)
+            start = _start_by_ncf(fixed_working, moving_working, mask, start)
         loading.result()
-    seconds = {"start": time.monotonic() - start}
+    seconds = {"start": time.monotonic() - begun}
     control_grid, certificate, results, flow_error_mm = deformable.deform(
         fixed_working,
         moving_working,
-        matrix,
+        start.matrix,
         preset=stages,
         mask=mask,
-        start=displacement,
-        label_maps=label_maps,
+        start=start.displacement,
+        label_maps=start.label_maps,
         notify=notify,
         **options,
     )
-    seconds["deformation"] = time.monotonic() - start - seconds["start"]
+    seconds["deformation"] = time.monotonic() - begun - seconds["start"]
     step = np.subtract(fixed.array.shape, 1) / np.subtract(fixed_working.array.shape, 1)
     return Registration(
-        fixed,
-        moving,
-        matrix,
-        control_grid * step,
-        certificate,
-        tuple(results),
-        fixed_working,
-        moving_working,
-        sigma_mm,
-        flow_error_mm,
-        seconds,
+        fixed=fixed,
+        moving=moving,
+        matrix=start.matrix,
+        control_grid=control_grid * step,
+        certificate=certificate,
+        stages=tuple(results),
+        fixed_working=fixed_working,
+        moving_working=moving_working,
+        sigma_mm=start.sigma_mm,
+        flow_error_mm=flow_error_mm,
+        seconds=seconds,
     )
+
+
+# What belongs to networks is imported where they are used: most registrations have none.
+
+
+def _trained(model: str | Path):
+    from gridreg_jax.training.trained import load_trained
+
+    return load_trained(model, notify=lambda line: None)
+
+
+def _start_by_affine(fixed: Volume, moving: Volume, mask: Volume | None, affine, given) -> Start:
+    """The affine part that was given, or else the one that is sought."""
+    if given is None:
+        given = affine_start.align(fixed, moving, mask, kind="rigid" if affine == "rigid" else "affine")
+    return Start(given)
+
+
+def _start_by_network(trained, model: str | Path, fixed: Volume, moving: Volume, like: Volume) -> Start:
+    """What a trained network proposes, on a lattice."""
+    from gridreg_jax.registration.network import propose
+    from gridreg_jax.training.trained import in_use
+
+    with in_use(model):
+        return propose(trained, fixed, moving, like)
+
+
+def _start_by_ncf(fixed: Volume, moving: Volume, mask: Volume | None, start: Start) -> Start:
+    """With what a network adds that is fitted to the two images."""
+    from gridreg_jax.registration.network import fit_ncf
+
+    return dataclasses.replace(start, displacement=fit_ncf(fixed, moving, start.matrix, mask))
+
+
+def _check_arguments(preset, affine, similarity, grid, method, model, refine) -> None:
+    """Raise `InputError` for an unknown name, a number that is none, or two arguments that contradict each other."""
+    names = (("preset", preset, PRESETS), ("similarity", similarity, PENALTY_SCALE), ("method", method, METHODS))
+    for name, value, known in names:
+        if value not in known:
+            raise InputError(f"{name} {value!r} is not known: the known ones are {', '.join(known)}")
+    if method != "grid" and model is not None:
+        raise InputError("a model takes the place of the method: leave out one of the two")
+    if refine is not None and ((model is None and method != "ncf") or refine < 0):
+        raise InputError(f"refine, {refine}, is a number of steps from 0 that follow a network: give a model or ncf")
+    if model is not None and not (isinstance(affine, str) and affine == "auto"):
+        raise InputError("a model brings its own alignment: leave affine at 'auto'")
+    if not (grid is None or isinstance(grid, (int, float, np.integer))):
+        raise InputError(f"grid is {grid!r}: give points an axis (10), a length of cells in mm (5.0), or None")
 
 
 def _check_mask(mask: Volume, left: Bool[np.ndarray, "X Y Z"], what: str) -> None:

@@ -116,6 +116,7 @@ def _table(registration: Registration, volumes: dict) -> Iterator[str]:
 def _numbers(metrics: dict) -> Iterator[str]:
     yield "<h2>Numbers</h2><table>\n"
     shown = {name: value for name, value in metrics.items() if name not in ("command", "stages", "affine", "dice")}
+    shown["certificate"] = metrics["certificate"]["text"]  # Its bound is rounded down.
     shown |= {f"dice {name}": part["mean"] for name, part in metrics.get("dice", {}).items()}
     for name, value in shown.items():
         yield f"<tr><th>{name}</th><td>{html.escape(_text(value))}</td></tr>\n"

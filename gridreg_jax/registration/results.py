@@ -30,6 +30,11 @@ from gridreg_jax.registration.register import Registration, pull
 from gridreg_jax.registration.report import page
 from gridreg_jax.transforms.jacobian import jacobian_determinant
 
+# What `save` may write, but for what is named after its inputs.
+FILES = (
+    *(f"{name}.nii.gz" for name in "warped displacement inverse_displacement learn2reg_displacement sigma".split()),
+    *("transform.tfm", "spline.mat", "metrics.json", "report.html"),
+)
 # To which displacements are rounded in files: a third of the time to compress them, a quarter less to store.
 STEPS_PER_MM = np.float32(4096)
 
@@ -160,6 +165,22 @@ def warped_names(volumes: Sequence[Volume]) -> list[str]:
     return list(paths)
 
 
+def check_inputs(
+    out: str | Path,
+    inputs: Sequence[str | Path],
+    warped: Sequence[Volume],
+    fixed_points: str | Path | None,
+    moving_points: str | Path | None,
+) -> None:
+    """Raise `InputError` if one of the input files is one that `save` would write for these volumes and points."""
+    names = [*FILES, *warped_names(warped)]
+    names += [_mapped_name(path, where) for path, where in ((fixed_points, "moving"), (moving_points, "fixed")) if path]
+    for written in filter(Path.exists, (Path(out) / name for name in names)):
+        for path in inputs:
+            if Path(path).exists() and written.samefile(path):
+                raise InputError(f"{path}: a result would take its place: give another folder than {out}")
+
+
 Points = dict[int, Float[np.ndarray, "3"]]
 
 
@@ -192,6 +213,10 @@ def write_points(path: Path, points: Points) -> None:
             temporary.write_text("\n".join(["id,x,y,z", *lines]) + "\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _mapped_name(path: str | Path, where: str) -> str:
+    return f"{_stem(Path(path))}_in_{where}.csv"
 
 
 def _stem(path: Path) -> str:
@@ -234,6 +259,7 @@ def _compare(registration: Registration) -> tuple[dict, dict]:
     determinant, *statistics = _jacobian(registration.displacement)
     lowest, highest, folded, deviation = map(float, statistics)
     certificate = registration.certificate
+    sides_mm = np.subtract(fixed.array.shape, 1) * geometry.spacing(fixed.affine)
     numbers = {
         "correlation": correlation,
         "affine": matrix.tolist(),
@@ -241,6 +267,7 @@ def _compare(registration: Registration) -> tuple[dict, dict]:
         "stages": [
             {
                 "grid_size": stage.grid_size,
+                "cell_mm": (sides_mm / np.subtract(stage.grid_size, 3)).tolist(),
                 "shape": stage.shape,
                 "steps": len(stage.similarity),
                 "similarity": stage.similarity,
@@ -278,7 +305,10 @@ def _correlation(fixed: Float32[np.ndarray, "X Y Z"], warped: Float32[np.ndarray
 def _overlaps(
     registration: Registration, fixed: Int32[np.ndarray, "X Y Z"], moving: Volume, warped: Int32[np.ndarray, "X Y Z"]
 ) -> dict:
-    """Dice of every label of both images, and the mean over them: by the headers, by the affine part and by all."""
+    """Dice of the labels that both images hold, and the mean over them: by the headers, by the affine part and by all.
+
+    One that the map takes out of the fixed image counts 0.
+    """
     straight = (
         pull(
             moving,
@@ -288,7 +318,8 @@ def _overlaps(
         )
         for matrix in (np.eye(4), registration.matrix)
     )
-    ids = np.unique(np.concatenate([np.unique(fixed), np.unique(moving.array)]))
+    of_both = [np.unique(labels) for labels in (fixed, moving.array)]
+    ids, shared = np.unique(np.concatenate(of_both)), np.setdiff1d(np.intersect1d(*of_both), 0)
 
     def count(labels):
         return np.bincount(np.searchsorted(ids, labels[labels != 0]), minlength=len(ids))
@@ -296,7 +327,7 @@ def _overlaps(
     result, size = {}, count(fixed)
     for name, labels in zip(("before", "affine", "after"), (*straight, warped), strict=True):
         counts = zip(ids, size + count(labels), count(fixed[fixed == labels]), strict=True)
-        dice = {int(i): float(2 * common / both) for i, both, common in counts if both}
+        dice = {int(i): float(2 * common / both) for i, both, common in counts if i in shared}
         result[name] = {"mean": float(np.mean(list(dice.values()))) if dice else None, "labels": dice}
     return result
 
@@ -325,7 +356,7 @@ def _map_points(
     ):
         if points:
             mapped[where] = dict(zip(points, maps(np.array(list(points.values()))), strict=True))
-            write_points(folder / f"{_stem(Path(path))}_in_{where}.csv", mapped[where])
+            write_points(folder / _mapped_name(path, where), mapped[where])
     if not (fixed and moving):
         return {}
     common = sorted(fixed.keys() & moving.keys())

@@ -9,7 +9,7 @@ from gridreg_jax import geometry
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.errors import InputError
 from gridreg_jax.registration import deformable
-from gridreg_jax.registration.deformable import PRESETS, Preset, Stage, deform, finest_shape, refining
+from gridreg_jax.registration.deformable import PRESETS, Preset, Stage, deform, finest_shape, last_cells, refining
 from gridreg_jax.transforms.interpolation import axis_weights
 
 SHAPE = (32, 36, 30)
@@ -62,7 +62,7 @@ def test_a_known_smooth_deformation_is_found(known, method):
     inside = np.linalg.norm(points_mm, axis=-1) < 30  # where there is something to see
     assert np.linalg.norm(found_mm - true_mm, axis=-1)[inside].mean() < 0.25 * np.linalg.norm(true_mm, axis=-1).mean()
     assert certificate.invertible
-    assert [stage.grid_size for stage in stages] == [(7, 7, 7), (11, 11, 11)]
+    assert [(stage.grid_size, stage.remaining) for stage in stages] == [((7, 7, 7), 1), ((11, 11, 11), 0)]
     assert all(stage.similarity[-1] < stage.similarity[0] for stage in stages)
     assert (flow_error_mm is None) == (method == "grid")
     assert method == "grid" or 0 < flow_error_mm < 0.3
@@ -127,11 +127,40 @@ def test_the_last_control_grid_can_be_chosen(known, grid, size):
     assert control_grid.shape[:3] == size
 
 
-@pytest.mark.parametrize("grid", [3, 100, 0.5])
+@pytest.mark.parametrize("grid", [3, 39, 0.5])
 def test_an_impossible_grid_is_named(known, grid):
     fixed, moving, _ = known
-    with pytest.raises(InputError, match="control grid has from 4 to 39|smaller than a voxel"):
+    with pytest.raises(InputError, match="control grid has from 4 to 38|smaller than a voxel"):
         deform(fixed, moving, np.eye(4), preset=QUICK, grid=grid)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_cells_are_as_close_as_can_be_to_the_length_that_is_asked_for(preset):
+    shape, spacing = np.array([112, 56, 9]), np.array([1.6, 1.6, 5.0])
+    image, previous = volume(shape, spacing), np.full(3, np.inf)
+    most = np.array([55, 27, 4])  # of at least two voxels
+    for asked in np.geomspace(1.6, 500.0, 60):
+        cells = np.array(last_cells(image, PRESETS[preset], float(asked)))
+        for sides_mm, count, limit in zip((shape - 1) * spacing, cells, most, strict=True):
+            possible = abs(sides_mm / np.arange(1, limit + 1) - asked)
+            assert possible[count - 1] == possible.min(), (asked, cells)
+        assert (cells <= previous).all()
+        previous = cells
+    assert previous.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "preset", "cells"),
+    [
+        ((96, 128, 96), (1.7, 1.7, 1.7), "balanced", [28, 36, 28]),
+        ((112, 136, 112), (1.6, 1.6, 1.6), "accurate", [48, 56, 48]),
+        ((40, 56, 40), (0.9, 0.9, 0.9), "fast", [8, 12, 8]),
+        # Ten thick slices: 13.7 cells would be as long as the others.
+        ((160, 160, 10), (1.5, 1.5, 8.0), "balanced", [44, 44, 4]),
+    ],
+)
+def test_cells_of_a_preset_are_whole_numbers_of_its_first_ones_where_there_is_room(shape, spacing, preset, cells):
+    assert last_cells(volume(shape, spacing), PRESETS[preset], None) == cells
 
 
 def test_short_axes_keep_whole_cells():

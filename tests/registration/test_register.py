@@ -83,6 +83,10 @@ def test_the_map_is_close_to_the_true_one(out):
     assert tre_mm["after"] < 1.5 < 10 < tre_mm["before"] and tre_mm["after"] < tre_mm["affine"] < tre_mm["before"]
     assert dice["after"] > 0.9 > dice["before"] and dice["after"] > dice["affine"] > dice["before"]
     assert metrics["folding_percent"] == 0 and metrics["certificate"]["invertible"]
+    sides_mm = np.sort(np.subtract(FIXED, 1) * (3.0, 3.0, 4.5))
+    for stage in metrics["stages"]:
+        found_mm = np.sort(np.multiply(stage["cell_mm"], np.subtract(stage["grid_size"], 3)))
+        np.testing.assert_allclose(found_mm, sides_mm)
     assert metrics["correlation"]["after"] > metrics["correlation"]["affine"] > metrics["correlation"]["before"]
 
 
@@ -90,6 +94,7 @@ def test_the_folder_holds_what_it_should_and_nothing_half_written(out):
     images = "warped warped_moving_labels warped_moving"
     names = f"{images} displacement inverse_displacement learn2reg_displacement".split()
     expected = {f"{name}.nii.gz" for name in names} | {"transform.tfm", "spline.mat", "metrics.json", "report.html"}
+    assert set(results.FILES) - expected == {"sigma.nii.gz"}
     expected |= {"fixed_points_in_moving.csv", "moving_points_in_fixed.csv"}
     assert {path.name for path in out.iterdir()} == expected
     assert (out / "report.html").read_text().count("data:image/png;base64") == 27
@@ -239,6 +244,21 @@ def test_a_matrix_of_no_invertible_affine_map_is_refused(affine):
 def test_an_unknown_name_is_named(folder, option, name):
     with pytest.raises(InputError, match=f"{option} '{name}' is not known: the known ones are (?!.*ssim)"):
         register(folder / "fixed.nii.gz", folder / "moving.nii.gz", **{option: name})
+
+
+def test_overlap_is_of_the_labels_that_both_images_hold_whatever_the_map_does_to_them(found):
+    moving = np.zeros((8, 8, 8), np.int32)
+    moving[1:3], moving[5, :2], moving[6:] = 1, 4, 9  # 9 is in the moving image alone
+    fixed = np.where(moving == 9, 7, moving)  # and 7 in the fixed one
+    far = nib.affines.from_matvec(np.eye(3), [30, 0, 0])
+    registration = dataclasses.replace(found, fixed=Volume(fixed, np.eye(4), Path("fixed")), matrix=far)
+    warped = np.where(moving == 4, 0, moving)  # 4 has vanished
+    dice = results._overlaps(registration, fixed, Volume(moving, far, Path("moving")), warped)
+    assert dice["before"] == {"mean": 0.0, "labels": {1: 0.0, 4: 0.0}}
+    assert dice["affine"] == {"mean": 1.0, "labels": {1: 1.0, 4: 1.0}}
+    assert dice["after"] == {"mean": 0.5, "labels": {1: 1.0, 4: 0.0}}
+    none = results._overlaps(registration, fixed * (fixed == 7), Volume(moving, far, Path("moving")), warped)
+    assert none == dict.fromkeys(("before", "affine", "after"), {"mean": None, "labels": {}})
 
 
 @pytest.mark.parametrize("which", [0, 1])

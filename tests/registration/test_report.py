@@ -1,5 +1,6 @@
 """The page: its pictures read by another library, and what a browser shows of it."""
 
+import dataclasses
 import io
 import re
 import shutil
@@ -31,7 +32,9 @@ def text():
         volume, volume, np.eye(4), control_grid, certificate, stages, volume, volume, None, None, {}
     )
     planes = {"fixed": 1.0, "before": 0.1, "affine": 0.3, "after": 0.6, "determinant": 1.0, "sigma_mm": 2.0}
-    metrics = {"command": "gridreg register --out 'a & b'", "certificate": {"text": str(certificate)}, "version": "1"}
+    certificate = dataclasses.replace(certificate, lower_bound=0.57799)
+    proven = {"lower_bound": certificate.lower_bound, "text": str(certificate)}
+    metrics = {"command": "gridreg register --out 'a & b'", "certificate": proven, "version": "1"}
     metrics["correlation"] = {"before": None, "after": 0.5}
     return page(registration, metrics, {name: np.full(SHAPE, value) for name, value in planes.items()})
 
@@ -48,7 +51,8 @@ def test_the_page_is_whole(text):
     for picture in pictures:
         assert matplotlib.image.imread(io.BytesIO(b64decode(picture))).shape[2] == 3
     assert not re.search(r'(src|href)="(?!data:)', text), "the page needs another file"
-    assert "invertible everywhere" in text and "4x4x4 on 20x30x25 voxels" in text
+    assert "invertible everywhere: Jacobian determinant at least 0.577<" in text and "0.578" not in text
+    assert "4x4x4 on 20x30x25 voxels" in text
     assert "before none, after 0.5" in text
     assert text.count("<polyline") == 2 and text.count("uncertainty") == 1
 
