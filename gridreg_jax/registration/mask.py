@@ -20,5 +20,12 @@ def kept(mask: Volume, affine: Float[np.ndarray, "4 4"], shape: tuple[int, int, 
     parts = np.maximum(1, np.ceil(step - 1e-6)).astype(int)
     finer = np.diag([*1 / parts, 1.0])
     finer[:3, 3] = (1 / parts - 1) / 2
-    found = resample(mask, affine @ finer, tuple(int(n) for n in shape * parts), labels=True) != 0
-    return found.reshape(np.stack([shape, parts], axis=1).ravel()).any(axis=(1, 3, 5))
+    across = (int(parts[0]), *(int(n) for n in shape[1:] * parts[1:]))
+
+    def row(number: int) -> Bool[np.ndarray, "y z"]:  # one at a time: all parts together may take gigabytes
+        start = np.eye(4)
+        start[0, 3] = number
+        found = resample(mask, affine @ start @ finer, across, labels=True) != 0
+        return found.reshape(parts[0], shape[1], parts[1], shape[2], parts[2]).any(axis=(0, 2, 4))
+
+    return np.stack([row(number) for number in range(shape[0])])

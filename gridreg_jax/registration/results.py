@@ -24,7 +24,6 @@ from gridreg_jax.data.preprocess import resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.export import itk_files
 from gridreg_jax.export.inverse import TOLERANCE_MM
-from gridreg_jax.files import replacing
 from gridreg_jax.programs import stored
 from gridreg_jax.registration.register import Registration, pull
 from gridreg_jax.registration.report import page
@@ -208,11 +207,7 @@ def load_points(fixed: Volume, moving: Volume, fixed_path, moving_path) -> tuple
 def write_points(path: Path, points: Points) -> None:
     """Writes landmarks as CSV with the columns id, x, y, z (RAS mm), whole or not at all."""
     lines = [f"{number},{x:.6f},{y:.6f},{z:.6f}" for number, (x, y, z) in points.items()]
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text("\n".join(["id,x,y,z", *lines]) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    nifti.write_whole(path, ("\n".join(["id,x,y,z", *lines]) + "\n").encode())
 
 
 def _mapped_name(path: str | Path, where: str) -> str:
