@@ -4,7 +4,6 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from gridreg_jax.data.nifti import Volume
-from gridreg_jax.data.preprocess import resample
 
 
 def kept(mask: Volume, affine: Float[np.ndarray, "4 4"], shape: tuple[int, int, int]) -> Bool[np.ndarray, "x y z"]:
@@ -12,20 +11,15 @@ def kept(mask: Volume, affine: Float[np.ndarray, "4 4"], shape: tuple[int, int, 
 
     Args:
       mask: labels; what is 0 does not count.
-      affine: voxel of the lattice -> RAS mm.
+      affine: voxel of the lattice -> RAS mm; its axes are those of the mask.
       shape: of the lattice.
     """
-    # Looked up at the middles of parts of a voxel, which are not larger than the mask's own.
-    step = np.linalg.norm(np.linalg.inv(mask.affine[:3, :3]) @ affine[:3, :3], axis=0)
-    parts = np.maximum(1, np.ceil(step - 1e-6)).astype(int)
-    finer = np.diag([*1 / parts, 1.0])
-    finer[:3, 3] = (1 / parts - 1) / 2
-    across = (int(parts[0]), *(int(n) for n in shape[1:] * parts[1:]))
-
-    def row(number: int) -> Bool[np.ndarray, "y z"]:  # one at a time: all parts together may take gigabytes
-        start = np.eye(4)
-        start[0, 3] = number
-        found = resample(mask, affine @ start @ finer, across, labels=True) != 0
-        return found.reshape(parts[0], shape[1], parts[1], shape[2], parts[2]).any(axis=(0, 2, 4))
-
-    return np.stack([row(number) for number in range(shape[0])])
+    to_mask, found = np.linalg.inv(mask.affine) @ affine, mask.array != 0
+    for axis, count in enumerate(shape):
+        step, middles = to_mask[axis, axis], to_mask[axis, 3] + to_mask[axis, axis] * np.arange(count)
+        reach = (step + 1) / 2 - 1e-6  # from the middle of a voxel to that of one of the mask's which it touches
+        ends = np.stack([np.ceil(middles - reach), np.floor(middles + reach) + 1]).clip(0, found.shape[axis])
+        sums = np.insert(np.cumsum(found, axis, dtype=np.int32), 0, 0, axis)
+        first, behind = (np.take(sums, end.astype(int), axis) for end in ends)
+        found = behind > first
+    return found
