@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     config.data.cache_dir = ""  # for prepared images; "" for $GRIDREG_CACHE or ~/.cache/gridreg_jax
 
     config.loss = ConfigDict()
-    config.loss.similarity = "mse"  # of the images; "lncc", "ncc", "nmi", "mind"
+    config.loss.similarity = "mse"  # of the images; "lncc", "ncc", "nmi", "mind", "ssim"
     config.loss.grid_similarity = "mse"  # of their values at the control points
     config.loss.image = 1.0
     config.loss.grid = 1.0

@@ -86,21 +86,21 @@ def refine_recorded(
         field = interpolate(grid, shape, method=interpolator)
         displacement = field if method == "grid" else flow(grid, shape, method=interpolator)
         warped = warp(moving, displacement, origin=margin)
-        unlike = SIMILARITIES[similarity](fixed, warped, mask=mask, **options)
+        dissimilarity = SIMILARITIES[similarity](fixed, warped, mask=mask, **options)
         if label_maps is not None:
             # Probabilities are smooth: every other voxel an axis tells their overlap, at an eighth of the cost.
             sparse = (slice(None), *[slice(None, None, STRIDE)] * 3)
             warped_maps = warp(label_maps[1], displacement[sparse], origin=margin, stride=STRIDE)
             seen = None if mask is None else mask[sparse]
-            unlike += overlap * soft_dice_of_probabilities(label_maps[0][sparse], warped_maps, mask=seen)
+            dissimilarity += overlap * soft_dice_of_probabilities(label_maps[0][sparse], warped_maps, mask=seen)
         if method == "symmetric":
             back = warp(fixed, flow(-grid, shape, method=interpolator))
-            unlike = (unlike + SIMILARITIES[similarity](within, back, mask=mask, **options)) / 2
+            dissimilarity = (dissimilarity + SIMILARITIES[similarity](within, back, mask=mask, **options)) / 2
         change, field = (grid - control_grid, field - start) if from_start else (grid, field)
         penalty = bending * bending_energy_of_map(field, change, interpolator)
         if folding is not None:
             penalty += folding * folding_penalty(displacement, grid if method == "grid" else None, interpolator)
-        return jnp.sum(unlike + penalty), unlike
+        return jnp.sum(dissimilarity + penalty), dissimilarity
 
     return descend(loss, control_grid, steps=steps, learning_rate=learning_rate)
 

@@ -102,8 +102,8 @@ def optimise(
         def loss(params):
             displacement = network.apply(params, shape)
             points = (identity_grid(shape) + displacement[0]) * strides
-            unlike = _unlike(fixed, sample(moving[0], points)[None], mask)
-            return (unlike + GRADIENT * diffusion_energy(displacement))[0], unlike
+            dissimilarity = _dissimilarity(fixed, sample(moving[0], points)[None], mask)
+            return (dissimilarity + GRADIENT * diffusion_energy(displacement))[0], dissimilarity
 
         params, _ = descend(loss, network.init(key, shape), steps=steps, learning_rate=learning_rate)
         return network.apply(params, shape)[0]
@@ -113,7 +113,7 @@ def optimise(
     return contract(displacement, matrices) * strides
 
 
-def _unlike(fixed, warped, mask) -> Float[Array, " N"]:
+def _dissimilarity(fixed, warped, mask) -> Float[Array, " N"]:
     """Difference of intensity, of structure, and of what is occupied: brighter than the fixed image is on average."""
     weight = jnp.ones(fixed.shape[:4]) if mask is None else mask
 
@@ -122,5 +122,5 @@ def _unlike(fixed, warped, mask) -> Float[Array, " N"]:
 
     threshold = mean(fixed)[:, None, None, None, None]
     occupied, found = (jax.nn.sigmoid(STEEPNESS * (image - threshold)) for image in (fixed, warped))
-    unlike = mean(jnp.abs(fixed - warped)) + OCCUPANCY * mean(jnp.square(occupied - found))
-    return unlike + SSIM * ssim(fixed, warped, window=WINDOW, mask=mask)
+    dissimilarity = mean(jnp.abs(fixed - warped)) + OCCUPANCY * mean(jnp.square(occupied - found))
+    return dissimilarity + SSIM * ssim(fixed, warped, window=WINDOW, mask=mask)

@@ -132,10 +132,10 @@ def _search(fixed, moving, weight, to_points, to_voxels, starts, possible, learn
         # From 1 at the outermost voxel centres to 0 a voxel farther out, so that the overlap has a gradient too.
         inside = jnp.prod(jnp.clip(1 + jnp.minimum(reached, last - reached), 0, 1), axis=-1)
         warped = sample(moving[..., None], reached)
-        unlike = nmi(fixed[None, ..., None], warped[None], mask=(weight * inside)[None])[0]
+        dissimilarity = nmi(fixed[None, ..., None], warped[None], mask=(weight * inside)[None])[0]
         overlap = jnp.mean(inside) / possible
         # A sliver can be alike by chance: less than half of what could overlap costs much.
-        value = unlike + OVERLAP * jnp.maximum(0, 1 - overlap) + jnp.maximum(0, 0.5 - overlap)
+        value = dissimilarity + OVERLAP * jnp.maximum(0, 1 - overlap) + jnp.maximum(0, 0.5 - overlap)
         return value, value
 
     def one(start):

@@ -71,9 +71,10 @@ class Certificate:
 
     def __str__(self) -> str:
         # Rounded down, so that what is printed is proven too.
-        bound = math.floor(1000 * self.lower_bound) / 1000
+        small = 0 < self.lower_bound < 1e-3
+        scale = 10.0 ** (2 - math.floor(math.log10(self.lower_bound))) if small else 1e3
+        bound = math.floor(scale * self.lower_bound) / scale
         if self.invertible:
-            bound = bound or self.lower_bound
             return (
                 f"{'' if self.one_to_one else 'locally '}invertible everywhere: Jacobian determinant at least {bound:g}"
             )

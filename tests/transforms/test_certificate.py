@@ -1,5 +1,6 @@
 """What is certified against dense sampling, exact fractions, scipy's splines and maps whose determinant is known."""
 
+import dataclasses
 import itertools
 import math
 from fractions import Fraction
@@ -325,6 +326,8 @@ def test_cells_are_listed_worst_first_where_they_are():
 def test_what_is_printed_is_rounded_down():
     found = certify(np.zeros((4, 4, 4, 3)), (9, 9, 9), method="trilinear")
     assert str(found) == "invertible everywhere: Jacobian determinant at least 0.999"
+    small = dataclasses.replace(found, lower_bound=1.2999999e-5)
+    assert str(small).endswith("at least 1.29e-05")
 
 
 @pytest.mark.parametrize(
