@@ -1,8 +1,20 @@
 """The one exception for a user's mistake."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """What the user gave is wrong: the message says what, where, and what would be right.
 
     The doorways (`train.py`, `eval.py`) and the command `gridreg` print it as one line and exit with status 2.
     """
+
+
+def check_known(what: str, value: object, known: Iterable[str]) -> None:
+    """Raise `InputError` unless a value is one of the known names; `what` says which option it is of."""
+    known = list(known)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"{what}: {value!r} is not known; known are {', '.join(known)}{hint}")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map, folding_penalty, soft_dice_of_probabilities
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import half_lattice, integrate, warp
@@ -71,8 +71,7 @@ def refine_recorded(
     NeuroImage 2007; both directions, Avants et al., Medical Image Analysis 2008.
     """
     for name, value, known in (("method", method, METHODS), ("similarity", similarity, SIMILARITIES)):
-        if value not in known:
-            raise InputError(f"{name} {value!r} is not known: the known ones are {', '.join(known)}")
+        check_known(name, value, known)
     shape = fixed.shape[1:4]
     longer = [long - size for long, size in zip(moving.shape[1:4], shape, strict=True)]
     if any(more < 0 or more % 2 for more in longer):

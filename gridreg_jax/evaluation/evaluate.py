@@ -13,7 +13,7 @@ from gridreg_jax.baselines import SYSTEMS
 from gridreg_jax.baselines.program import Program, threads
 from gridreg_jax.data import nifti
 from gridreg_jax.data.pipeline import Dataset, open_dataset, open_pairs
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.evaluation import plots, tables
 from gridreg_jax.files import default_cache_dir, replacing
 from gridreg_jax.losses import SIMILARITIES
@@ -116,8 +116,7 @@ def evaluate_system(
     Raises:
       InputError: there is no such system, what it needs is not installed, or the data are not as they should be.
     """
-    if system not in SYSTEMS:
-        raise InputError(f"--system={system}: there is no such system; there are {', '.join(SYSTEMS)}")
+    check_known("--system", system, SYSTEMS)
     if isinstance(SYSTEMS[system], Program):
         SYSTEMS[system].version()  # is it installed?
     config = config.to_dict()

@@ -1,10 +1,9 @@
 """The models, by name."""
 
-import difflib
 
 from flax import linen as nn
 
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import check_known
 from gridreg_jax.models.gridreg import GridReg
 from gridreg_jax.models.keymorph import KeyMorph
 from gridreg_jax.models.lightcrcf import LightCRCF
@@ -29,15 +28,10 @@ def build(name: str, **fields):
     Raises:
       InputError: unknown name or field.
     """
-    if name not in MODELS:
-        raise InputError(f"unknown model {name!r}: known are {', '.join(MODELS)}")
+    check_known("model", name, MODELS)
     model = MODELS[name]
-    known = _fields(model)
     for field in fields:
-        if field not in known:
-            near = difflib.get_close_matches(field, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f": it has {', '.join(known)}"
-            raise InputError(f"model {name!r} has no field {field!r}{hint}")
+        check_known(f"field of the model {name!r}", field, _fields(model))
     return model(**fields)
 
 

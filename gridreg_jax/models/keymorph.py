@@ -10,11 +10,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.models.layers import Conv3D, instance_norm
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.transforms.affine import affine_displacement, fit_affine, fit_rigid
-from gridreg_jax.transforms.thin_plate import check_kernel, fit_thin_plate
+from gridreg_jax.transforms.thin_plate import KERNELS, fit_thin_plate
 from gridreg_jax.transforms.warp import identity_grid
 
 # Features of the blocks before the last one, and the blocks after which the lattice is halved.
@@ -103,10 +103,8 @@ class KeyMorph(nn.Module):
         return LARGEST * share if self.draw == "uniform" else SMALLEST * (LARGEST / SMALLEST) ** share
 
     def _check(self) -> None:
-        for name, known in (("transform", TRANSFORMS), ("draw", DRAWS)):
-            if getattr(self, name) not in known:
-                raise InputError(f"model.{name}: {getattr(self, name)!r} is not known; known are {', '.join(known)}")
-        check_kernel(self.kernel)
+        for name, known in (("transform", TRANSFORMS), ("draw", DRAWS), ("kernel", KERNELS)):
+            check_known(f"model.{name}", getattr(self, name), known)
         if self.keypoints < 4:
             raise InputError(f"model.keypoints is {self.keypoints}: a map in three dimensions needs 4 or more")
         if self.smoothing < 0:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from gridreg_jax.attention import window_attention
 from gridreg_jax.conv import conv3d
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import integrate
 
@@ -152,9 +152,7 @@ def build_encoder(encoder: str, **fields) -> nn.Module:
       InputError: no such encoder.
     """
     if ":" not in encoder:
-        if encoder not in ENCODERS:
-            known = ", ".join(ENCODERS)
-            raise InputError(f"model.encoder: {encoder!r} is not known; known are {known}, or package.module:Class")
+        check_known("model.encoder", encoder, [*ENCODERS, "package.module:Class"])
         return ENCODERS[encoder](**fields)
     module, _, attribute = encoder.partition(":")
     try:

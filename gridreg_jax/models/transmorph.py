@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Float64, Int, Shaped
 
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.models.layers import Conv3D, crop, flow_of_half, instance_norm, pad_to_multiple
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.transforms.interpolation import contract, interpolate
@@ -114,8 +114,7 @@ class TransMorph(nn.Module):
         )
 
     def _check(self) -> None:
-        if self.output not in OUTPUTS:
-            raise InputError(f"model.output: {self.output!r} is not known; known are {', '.join(OUTPUTS)}")
+        check_known("model.output", self.output, OUTPUTS)
         if len(self.depths) != len(self.heads):
             raise InputError(f"model.depths has {len(self.depths)} levels and model.heads {len(self.heads)}")
         if self.embed % 2:

@@ -16,7 +16,7 @@ from gridreg_jax import geometry, instance, programs
 from gridreg_jax.data import nifti
 from gridreg_jax.data.nifti import Source, Volume, corner_to_corner
 from gridreg_jax.data.preprocess import field_of_view, normalise, resample
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.export import itk, itk_files
 from gridreg_jax.export.inverse import points_back
 from gridreg_jax.programs import stored
@@ -350,8 +350,7 @@ def _check_arguments(preset, affine, similarity, grid, method, model, refine) ->
     """Raise `InputError` for an unknown name, a number that is none, or two arguments that contradict each other."""
     names = (("preset", preset, PRESETS), ("similarity", similarity, PENALTY_SCALE), ("method", method, METHODS))
     for name, value, known in names:
-        if value not in known:
-            raise InputError(f"{name} {value!r} is not known: the known ones are {', '.join(known)}")
+        check_known(name, value, known)
     if method != "grid" and model is not None:
         raise InputError("a model takes the place of the method: leave out one of the two")
     if refine is not None and ((model is None and method != "ncf") or refine < 0):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from gridreg_jax import losses
 from gridreg_jax.data.pipeline import Dataset, batches, open_dataset
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.measure import GridSize, candidates, check_fits, make_predict, measure, score, summarise
 from gridreg_jax.models import build, describe, has_control_grid
 from gridreg_jax.rng import generator
@@ -170,9 +170,7 @@ def check_config(config: dict) -> None:
         check_grid_size((size,) * 3, model.interpolator)
         check_fits((size,) * 3, config["data"]["shape"])
     for name in ("similarity", "grid_similarity"):
-        if config["loss"][name] not in losses.SIMILARITIES:
-            known = ", ".join(losses.SIMILARITIES)
-            raise InputError(f"loss.{name}: {config['loss'][name]!r} is not known; known are {known}")
+        check_known(f"loss.{name}", config["loss"][name], losses.SIMILARITIES)
     elastic = config["loss"]["elastic"]
     if len(elastic) != 2 or not all(isinstance(value, (int, float)) for value in elastic):
         raise InputError(f"loss.elastic must be two numbers, mu and lambda, not {elastic}")

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import check_known
 
 
 def muon(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -59,8 +59,7 @@ def build_optimizer(
     Raises:
       InputError: unknown name.
     """
-    if name not in OPTIMIZERS:
-        raise InputError(f"optimizer.name: {name!r} is not known; known are {', '.join(OPTIMIZERS)}")
+    check_known("optimizer.name", name, OPTIMIZERS)
     rate = learning_rate
     if decay and power:
         rate = optax.polynomial_schedule(learning_rate, 0.0, power, steps)

@@ -8,7 +8,6 @@ Positions along an axis run from 0 (centre of the first voxel) to 1 (centre of t
 control grid (voxels for displacements).
 """
 
-import difflib
 import functools
 from collections.abc import Sequence
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import InputError, check_known
 
 # In control-point spacings. A cubic B-spline kernel has variance 1/3: with this width the Gaussian approximates it.
 GAUSSIAN_SIGMA = 3**-0.5
@@ -103,10 +102,7 @@ INTERPOLATORS = {"trilinear": trilinear_weights, "bspline": bspline_weights, "ga
 
 def check_grid_size(grid_size: Sequence[int], method: str) -> None:
     """Raise `InputError` unless `method` is known and every axis has enough control points (bspline 4, others 2)."""
-    if method not in INTERPOLATORS:
-        near = difflib.get_close_matches(str(method), INTERPOLATORS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"unknown interpolation {method!r}: the known ones are {', '.join(INTERPOLATORS)}{hint}")
+    check_known("interpolator", method, INTERPOLATORS)
     least = 4 if method == "bspline" else 2
     if min(grid_size) < least:
         sizes = "x".join(map(str, grid_size))

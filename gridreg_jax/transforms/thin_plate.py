@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import check_known
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Points that are evaluated together: their distances to all centres are in memory, not those of a whole lattice.
@@ -28,12 +28,6 @@ def _minus_r(squared):
 # Radial functions U of the squared distance, with the sign for which smoothing smooths. "r2logr" is the thin plate of
 # two dimensions, which KeyMorph uses in three; "r" is the one of three dimensions (Duchon 1977).
 KERNELS = {"r2logr": _r2_log_r, "r": _minus_r}
-
-
-def check_kernel(kernel: str) -> None:
-    """Raise `InputError` unless the kernel is known."""
-    if kernel not in KERNELS:
-        raise InputError(f"unknown kernel {kernel!r} of the thin-plate spline: known are {', '.join(KERNELS)}")
 
 
 @struct.dataclass
@@ -102,7 +96,7 @@ def fit_thin_plate(
     Source: Wahba, Spline models for observational data, 1990, chapter 2; Wang et al., KeyMorph, Medical Image Analysis
     2023 (lambda / weight on the diagonal).
     """
-    check_kernel(kernel)
+    check_known("kernel", kernel, KERNELS)
     count = points.shape[1]
     squared = jnp.square(points[:, :, None] - points[:, None]).sum(axis=-1)
     slack = jnp.full(points.shape[:2], smoothing) if weights is None else smoothing / weights

@@ -221,11 +221,11 @@ def test_impossible_fields_are_refused(fields, message):
 
 
 def test_unknown_names_get_the_nearest_known_one():
-    with pytest.raises(InputError, match="unknown model 'gridreq'.*gridreg"):
+    with pytest.raises(InputError, match="model: 'gridreq' is not known; .*did you mean 'gridreg'"):
         build("gridreq")
-    with pytest.raises(InputError, match="no field 'widht'; did you mean 'width'"):
+    with pytest.raises(InputError, match="field of the model 'gridreg': 'widht' is not known; .*did you mean 'width'"):
         build("gridreg", widht=8)
-    with pytest.raises(InputError, match="no field 'zzz': it has encoder, levels, .*interpolator"):
+    with pytest.raises(InputError, match="'zzz' is not known; known are encoder, levels, .*interpolator"):
         build("gridreg", zzz=8)
 
 

@@ -204,7 +204,7 @@ def test_the_smoothing_is_drawn_in_training_alone(draw, monkeypatch):
     [
         (dict(transform="spline"), "model.transform: 'spline' is not known; known are tps, affine, rigid"),
         (dict(draw="normal"), "model.draw: 'normal' is not known"),
-        (dict(kernel="r3"), "unknown kernel 'r3'"),
+        (dict(kernel="r3"), "model.kernel: 'r3' is not known"),
         (dict(keypoints=3), "model.keypoints is 3: a map in three dimensions needs 4 or more"),
         (dict(smoothing=-1.0), "model.smoothing is -1.0"),
     ],

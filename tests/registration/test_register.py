@@ -242,7 +242,7 @@ def test_a_matrix_of_no_invertible_affine_map_is_refused(affine):
 
 @pytest.mark.parametrize(("option", "name"), [("preset", "fats"), ("similarity", "fats"), ("similarity", "ssim")])
 def test_an_unknown_name_is_named(folder, option, name):
-    with pytest.raises(InputError, match=f"{option} '{name}' is not known: the known ones are (?!.*ssim)"):
+    with pytest.raises(InputError, match=f"{option}: '{name}' is not known; known are (?!.*ssim)"):
         register(folder / "fixed.nii.gz", folder / "moving.nii.gz", **{option: name})
 
 

@@ -134,5 +134,5 @@ def test_chunks_change_nothing_but_the_memory(monkeypatch):
 
 def test_an_unknown_kernel_is_refused():
     points, targets = random_pairs()
-    with pytest.raises(InputError, match="unknown kernel 'r3' of the thin-plate spline: known are r2logr, r"):
+    with pytest.raises(InputError, match="kernel: 'r3' is not known; known are r2logr, r"):
         mapped(points, targets, points[0], kernel="r3")
