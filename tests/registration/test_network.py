@@ -185,16 +185,15 @@ def test_the_lattice_is_that_of_the_preset_and_the_smallest_for_ncf(pair, monkey
 
 
 class Elsewhere(nn.Module):
-    """As `Known`, with code of another package."""
-
-    runs_foreign_code = True
+    """As `Known`, of another package."""
 
     @nn.compact
     def __call__(self, fixed, moving, *, grid_size, train=False):
         return Known().apply({}, fixed, moving, grid_size=grid_size)
 
 
-def test_programs_with_code_from_elsewhere_are_not_stored(pair, program_cache):
+def test_programs_with_code_from_elsewhere_are_not_stored(pair, program_cache, monkeypatch):
+    monkeypatch.setattr(Known, "__module__", "gridreg_jax.models.known")
     found = propose(dataclasses.replace(known(), model=Elsewhere()), *pair, pair[0]).displacement
     assert not (program_cache / "programs").exists()
     expected = propose(known(), *pair, pair[0]).displacement

@@ -104,9 +104,13 @@ def test_ctrl_c_while_reading_is_not_taken_for_damage(tmp_path, monkeypatch):
         return read(self, step)
 
     monkeypatch.setattr(Checkpoints, "_read_info", interrupted)
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(KeyboardInterrupt):
-        checkpoints.restore(shapes, order=[2, 1], notify=pytest.fail)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Checkpoints(tmp_path) as checkpoints, pytest.raises(KeyboardInterrupt):
+            checkpoints.restore(shapes, order=[2, 1], notify=pytest.fail)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_no_checkpoint_yet(tmp_path):
