@@ -366,7 +366,7 @@ BAD_FLAGS = {
     "no workdir": ("eval.py", [], "workdir"),
     "a run and a system": ("eval.py", ["--workdir=none", "--system=ncf"], "give either --workdir .* or --system"),
     "a system without a config": ("eval.py", ["--system=ncf"], "--system and --config go together"),
-    "an unknown system": ("eval.py", ["--system=syn", "--config=configs/brain.py"], "--system=syn: .* ncf, ants_syn"),
+    "an unknown system": ("eval.py", ["--system=syn", "--config=configs/brain.py"], "'syn' is not known; .* ncf, ants"),
     "a workdir without a run": ("eval.py", ["--workdir=none"], "none: holds no run"),
     "a grid size in words": ("eval.py", ["--workdir=none", "--grid_size=ten"], "--grid_size=ten: give one whole"),
     "a list that is not there": ("train.py", ["--config.data.pairs=none.csv"], "none.csv: cannot be read"),
