@@ -86,6 +86,7 @@ def get_config() -> ConfigDict:
 
     config.grid_sizes = (5, 8, 10, 15)  # control points an axis, drawn as often as listed; () for a model without
     config.batch_size = 1
+    config.remat = False  # True: less memory, more time; of the network only its convolutions are kept for the gradient
     config.start = ""  # workdir of a run, with whose parameters this one begins
     config.steps = 360
     config.val_every = 360

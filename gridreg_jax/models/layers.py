@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from gridreg_jax.attention import window_attention
@@ -22,6 +23,8 @@ from gridreg_jax.transforms.warp import integrate
 FREQUENCIES = np.pi * np.array([0.5, 1.0, 2.0, 3.0])
 # Width multiplier of each encoder level, the schedule that agrees with the paper's Table 2.
 WIDTHS = (1, 2, 2, 4, 4, 8, 8, 16, 16)
+# What `jax.checkpoint` knows the results of convolutions by.
+CONVOLUTION = "convolution"
 
 
 class Conv3D(nn.Module):
@@ -48,6 +51,7 @@ class Conv3D(nn.Module):
         shape = (self.kernel_size,) * 3 + (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         x = conv3d(x, kernel.astype(x.dtype), stride=self.stride, in_loop=self.in_loop)
+        x = checkpoint_name(x, CONVOLUTION)
         if not self.use_bias:
             return x
         bias = self.param("bias", self.bias_init, (self.features,))

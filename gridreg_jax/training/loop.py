@@ -88,7 +88,12 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
     interpolator = getattr(run.model, "interpolator", "")
     loss = config["loss"] | {"interpolator": interpolator, "num_labels": len(dataset.label_values)}
     train_step = make_train_step(
-        run.model, run.optimizer, seed=config["seed"], loss=loss, augmentation=config["augmentation"]
+        run.model,
+        run.optimizer,
+        seed=config["seed"],
+        loss=loss,
+        augmentation=config["augmentation"],
+        remat=config["remat"],
     )
     if loss["keypoints"]:
         dataset = dataset.of_one_subject()

@@ -22,6 +22,7 @@ from gridreg_jax.losses import SIMILARITIES
 from gridreg_jax.measure import GridSize, candidates
 from gridreg_jax.memory import left_to_group, return_freed_memory
 from gridreg_jax.models import Prediction, build
+from gridreg_jax.models.layers import CONVOLUTION
 from gridreg_jax.programs import compiler_options, stored
 from gridreg_jax.training.objective import objective
 from gridreg_jax.training.optimizer import build_optimizer
@@ -145,7 +146,13 @@ class TrainStep:
 
 
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, *, seed: int, loss: dict, augmentation: dict
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    loss: dict,
+    augmentation: dict,
+    remat: bool = False,
 ) -> TrainStep:
     """The training step of a model.
 
@@ -155,6 +162,8 @@ def make_train_step(
     Args:
       loss: arguments of `objective`.
       augmentation: arguments of `augment`, and `ramp`: over how many steps its spatial changes grow to their size.
+      remat: keep only what the network's convolutions gave, and compute the rest of it again for the gradient, which
+        takes less memory and more time.
     """
     strengths = {name: value for name, value in augmentation.items() if name != "ramp"}
     ramp = max(1, augmentation.get("ramp", 0))
@@ -181,7 +190,7 @@ def make_train_step(
         example_streams = getattr(model, "example_streams", ())
         keys = {name: example_keys(name, step, len(batch["fixed"])) for name in ("posterior", *example_streams)}
         keys["iterations"] = rng.key(seed, "iterations", step)
-        found = loss_gradient(params, batch, keys, model=model, grid_size=grid_size, loss=freeze(loss))
+        found = loss_gradient(params, batch, keys, model=model, grid_size=grid_size, loss=freeze(loss), remat=remat)
         return jax.lax.pmean(found, AXIS)
 
     def update(state: TrainState, gradient) -> TrainState:
@@ -202,8 +211,8 @@ def make_train_step(
     )
 
 
-@functools.partial(stored, static_argnames=("model", "grid_size", "loss"))
-def _loss_gradient(params, batch: dict[str, jax.Array], keys: dict[str, jax.Array], *, model, grid_size, loss):
+@functools.partial(stored, static_argnames=("model", "grid_size", "loss", "remat"))
+def _loss_gradient(params, batch: dict[str, jax.Array], keys: dict[str, jax.Array], *, model, grid_size, loss, remat):
     """Gradient of the mean loss of a device's examples, and the metrics: nearly all of what is traced of a step.
 
     Args:
@@ -213,13 +222,15 @@ def _loss_gradient(params, batch: dict[str, jax.Array], keys: dict[str, jax.Arra
     example_streams = {name: keys[name] for name in getattr(model, "example_streams", ())}
 
     def predict(params):
-        def run(fixed, moving, keys):
+        def run(params, fixed, moving, keys):
             return model.apply(params, fixed, moving, grid_size=grid_size, train=True, rngs=streams | keys)
 
+        if remat:
+            run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(CONVOLUTION))
         if not example_streams:
-            return run(batch["fixed"], batch["moving"], {})
+            return run(params, batch["fixed"], batch["moving"], {})
         # One example at a time, as far as the model can see, so that each has noise of its own.
-        one = jax.vmap(lambda fixed, moving, keys: vars(run(fixed[None], moving[None], keys)))
+        one = jax.vmap(lambda fixed, moving, keys: vars(run(params, fixed[None], moving[None], keys)))
         found = one(batch["fixed"], batch["moving"], example_streams)
         return Prediction(**jax.tree.map(lambda leaf: leaf[:, 0], found))
 

@@ -208,13 +208,28 @@ def test_a_later_start_traces_the_network_only_if_it_has_code_from_elsewhere(
     for _ in range(2):
         # As in another process.
         jax.clear_caches()
-        fresh = stored(training._loss_gradient.__wrapped__, static_argnames=("model", "grid_size", "loss"))
+        fresh = stored(training._loss_gradient.__wrapped__, static_argnames=("model", "grid_size", "loss", "remat"))
         monkeypatch.setattr(training, "_loss_gradient", fresh)
         loss = LOSS | dict(similarity=similarity)
         step = training.make_train_step(run.model, run.optimizer, seed=0, loss=loss, augmentation={})
         texts.append(step.gradient.lower(state.params, state.step, sharded, GRID).as_text())
     assert len(calls) == traced
     assert texts[0] == texts[1]
+
+
+def test_all_but_convolutions_is_computed_again_for_the_gradient_and_changes_nothing():
+    run = training.build_run(CONFIG)
+    state, sharded = run.init_state(), training.shard(batch())
+    gradients, norms, convolutions = [], [], []
+    for remat in (False, True):
+        step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation={}, remat=remat)
+        gradients.append(by_path(step.gradient(state.params, state.step, sharded, GRID)[0]))
+        text = step.gradient.lower(state.params, state.step, sharded, GRID).as_text()
+        norms.append(text.count("stablehlo.rsqrt"))
+        convolutions.append(text.count("stablehlo.convolution"))
+    for path, kept in gradients[0].items():
+        np.testing.assert_allclose(gradients[1][path], kept, atol=1e-6, err_msg=path)
+    assert norms[1] > norms[0] and convolutions[1] == convolutions[0] > 0
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the schedule of the CPU")
