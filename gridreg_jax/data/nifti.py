@@ -183,6 +183,11 @@ def as_stored(
     return array, corner_to_corner(Volume(stored, affine, volume.path), array.shape[:3])
 
 
+def stored_shape(volume: Volume) -> tuple[int, ...]:
+    """Voxels along the axes of the volume's file, as its header names them."""
+    return as_stored(volume.array, volume)[0].shape
+
+
 def describe(path: str | Path) -> tuple[tuple[int, ...], int]:
     """Shape and intent code of a NIfTI file, whatever it holds. Errors as for `load_vectors`."""
     path = existing_file(path)
@@ -338,9 +343,8 @@ def _check_finite(array: Num[np.ndarray, "X Y Z"], path: Path) -> None:
 
 def _check_lattice(labels: Volume, image: Volume) -> None:
     if labels.array.shape != image.array.shape:
-        raise InputError(
-            f"{labels.path}: its shape {labels.array.shape} is not {image.array.shape}, that of its image {image.path}"
-        )
+        own, its = stored_shape(labels), stored_shape(image)
+        raise InputError(f"{labels.path}: its shape {own} is not {its}, that of its image {image.path}")
     distance_mm = _distance_mm(image.array.shape, labels.affine, image.affine)
     if distance_mm > min(LATTICE_TOLERANCE_MM, geometry.spacing(image.affine).min() / 10):
         raise InputError(

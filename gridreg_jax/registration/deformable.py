@@ -257,8 +257,8 @@ def last_cells(fixed: Volume, preset: Preset, grid: int | float | None) -> Seque
         if not 4 <= grid <= max(shape) + 2:
             raise InputError(f"a control grid has from 4 to {max(shape) + 2} points an axis here, not {grid}")
         return [min(grid - 3, int(size) - 1) for size in shape]
-    if grid is not None and not grid >= spacing.min():  # nor is NaN
-        raise InputError(f"cells of {grid:g} mm: they cannot be smaller than a voxel here, {spacing.min():.3g} mm")
+    if grid is not None and not spacing.min() <= grid < np.inf:  # nor is NaN
+        raise InputError(f"cells of {grid:g} mm: give a length from that of a voxel here, {spacing.min():.3g} mm")
     cells = []
     for side_mm, size in zip((shape - 1) * spacing, shape, strict=True):
         most = max(1, (int(size) - 1) // 2)  # no cell of less than two voxels

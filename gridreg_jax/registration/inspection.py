@@ -1,5 +1,6 @@
 """A look into a transform: what it is, where it acts, how it stretches space, and what is proven about it."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,11 +45,21 @@ def inspect(path: str | Path, image: str | Path | None = None) -> Iterator[str]:
             yield "warning: intent 1006 is read as RAS by ITK 5.4 and later, and as LPS by ITK before it"
         if _zero_border(transforms[0]):
             yield "warning: the field is 0 along its whole border: it may have been cut, or its border masked"
-    for transform in transforms:
-        yield from _describe(transform, fixed)
+    for number, transform in enumerate(transforms, start=1):
+        reached = _reached(fixed, transforms[number:])
+        yield from _describe(transform, reached)
+        if fixed is not None and reached is None and transform.type != itk.AFFINE:
+            yield "  where the image lies in it is not told: what is applied before it is no affine map"
     if fixed is not None:
         determinant = _probe(transforms, fixed)
         yield f"Jacobian determinant of the whole map, at {determinant.size} points of the image: {_range(determinant)}"
+
+
+def _reached(fixed: Volume | None, before: Sequence[itk.ItkTransform]) -> Volume | None:
+    """The lattice of the image where affine transforms lead it that are applied before another one."""
+    if fixed is None or any(transform.type != itk.AFFINE for transform in before):
+        return None
+    return dataclasses.replace(fixed, affine=itk.affine_matrix(before) @ fixed.affine)
 
 
 def _describe(transform: itk.ItkTransform, fixed: Volume | None) -> Iterator[str]:

@@ -405,3 +405,11 @@ def test_save_refuses_what_it_cannot_store(tmp_path):
     with pytest.raises(InputError, match="image.nii: integers beyond 32 bits"):
         nifti.save(tmp_path / "image.nii", ramp(dtype=np.int64) + 2**40, np.eye(4))
     assert not list(tmp_path.iterdir())
+
+
+def test_shapes_are_named_as_the_files_have_them(tmp_path):
+    nifti.save(tmp_path / "image.nii", ramp(), np.eye(4))
+    stored = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])  # axes along A, S, R
+    nifti.save(tmp_path / "labels.nii", np.ones((3, 5, 7), np.int16), stored)
+    with pytest.raises(InputError, match=r"labels.nii: its shape \(3, 5, 7\) is not "):
+        nifti.load_labels(tmp_path / "labels.nii", like=nifti.load_image(tmp_path / "image.nii"))

@@ -259,3 +259,21 @@ def test_inspect_judges_all_cells_of_a_spline_without_such_a_ring(tmp_path):
     sitk.WriteTransform(spline, str(tmp_path / "map.tfm"))
     *_, line = inspect(tmp_path / "map.tfm")
     assert "in all its cells (" in line and "invertible everywhere" in line
+
+
+def test_inspect_looks_at_a_grid_where_the_image_comes_to_it(tmp_path):
+    shape, turn = (20, 22, 24), sitk.Euler3DTransform((9.5, 10.5, 11.5), 0.6, 0.4, -0.5, (3.0, 0.0, -2.0))
+    nifti.save(tmp_path / "image.nii", np.indices(shape, np.float32)[0], np.diag([-1.0, -1, 1, 1]))
+    image = sitk.ReadImage(str(tmp_path / "image.nii"))
+    spline = sitk.BSplineTransformInitializer(image, [4, 4, 4])
+    spline.SetParameters(np.ones(3 * 7**3))
+    after = sitk.CompositeTransform([spline, turn])  # turned first
+    sitk.WriteTransform(after, str(tmp_path / "after.tfm"))
+    unmoved = [after.TransformPoint(index) == turn.TransformPoint(index) for index in np.ndindex(shape)]
+    outside = 100 * np.mean(unmoved)
+    (line,) = [line for line in inspect(tmp_path / "after.tfm", tmp_path / "image.nii") if "outside its domain" in line]
+    assert float(line.split()[0]) == pytest.approx(outside, abs=0.1) and outside > 20
+    sitk.WriteTransform(sitk.CompositeTransform([spline, spline]), str(tmp_path / "twice.tfm"))
+    lines = list(inspect(tmp_path / "twice.tfm", tmp_path / "image.nii"))
+    assert len([line for line in lines if "outside its domain" in line]) == 1
+    assert len([line for line in lines if "what is applied before it is no affine map" in line]) == 1

@@ -130,7 +130,7 @@ def test_the_last_control_grid_can_be_chosen(known, grid, size):
 @pytest.mark.parametrize("grid", [3, 39, 0.5])
 def test_an_impossible_grid_is_named(known, grid):
     fixed, moving, _ = known
-    with pytest.raises(InputError, match="control grid has from 4 to 38|smaller than a voxel"):
+    with pytest.raises(InputError, match="control grid has from 4 to 38|from that of a voxel"):
         deform(fixed, moving, np.eye(4), preset=QUICK, grid=grid)
 
 
