@@ -99,7 +99,7 @@ def refine_recorded(
         penalty = bending * bending_energy_of_map(field, change, interpolator)
         if folding is not None:
             penalty += folding * folding_penalty(displacement, grid if method == "grid" else None, interpolator)
-        return jnp.sum(dissimilarity + penalty), dissimilarity
+        return dissimilarity + penalty, dissimilarity
 
     return descend(loss, control_grid, steps=steps, learning_rate=learning_rate)
 
@@ -135,14 +135,18 @@ def descend(
 ) -> tuple[PyTree[Float[Array, "..."]], Float[Array, "steps ..."]]:
     """Adam with a step size that falls to 0 along a cosine.
 
+    Adam's steps are as long for a gradient of mere rounding as for any other: it would leave a minimum where it began.
+
     Args:
-      loss: from parameters to (loss, what is to be recorded).
+      loss: from parameters to (losses, what is to be recorded). One loss, or `[N]` of cases that share nothing, which
+        are the first axis of the parameters.
       start: the parameters.
       steps: how many; static under jit.
       learning_rate: of the first step.
 
     Returns:
-      The parameters after the last step, and what was recorded before each step.
+      The parameters of least loss before a step, or after the last step if it began with those; and what was recorded
+      before each step.
 
     Source: Kingma & Ba, ICLR 2015; the cosine, Loshchilov & Hutter, ICLR 2017.
     """
@@ -150,11 +154,26 @@ def descend(
 
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
 
-    def step(carried, _):
-        parameters, state = carried
-        gradient, recorded = jax.grad(loss, has_aux=True)(parameters)
-        updates, state = optimizer.update(gradient, state)
-        return (optax.apply_updates(parameters, updates), state), recorded
+    def total(parameters):
+        losses, recorded = loss(parameters)
+        return jnp.sum(losses), (losses, recorded)
 
-    (found, _), history = jax.lax.scan(step, (start, optimizer.init(start)), length=steps)
-    return found, history
+    def where(chosen, parameters, others):
+        return jax.tree.map(
+            lambda one, other: jnp.where(chosen.reshape(chosen.shape + (1,) * (one.ndim - chosen.ndim)), one, other),
+            parameters,
+            others,
+        )
+
+    def step(carried, _):
+        parameters, state, best, least, _ = carried
+        gradient, (losses, recorded) = jax.grad(total, has_aux=True)(parameters)
+        better = losses < least
+        best, least = where(better, parameters, best), jnp.where(better, losses, least)
+        updates, state = optimizer.update(gradient, state)
+        return (optax.apply_updates(parameters, updates), state, best, least, better), recorded
+
+    losses = jax.eval_shape(loss, start)[0]
+    first = start, optimizer.init(start), start, jnp.full(losses.shape, jnp.inf), jnp.zeros(losses.shape, bool)
+    (last, _, best, _, better), history = jax.lax.scan(step, first, length=steps)
+    return where(better, last, best), history

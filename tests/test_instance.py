@@ -47,6 +47,13 @@ def test_without_steps_nothing_changes():
     np.testing.assert_array_equal(found, control_grid)
 
 
+def test_a_pair_that_is_alike_stays_as_it_is_whatever_the_others_of_its_batch_do():
+    fixed, moving, control_grid = (jnp.concatenate(parts) for parts in zip(pair(0), pair(1), strict=True))
+    fixed = fixed.at[0].set(moving[0])
+    found = refine(0 * control_grid, fixed, moving, steps=5, interpolator="bspline", **OPTIONS)
+    assert not found[0].any() and found[1].any()
+
+
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_every_similarity_falls(similarity):
     fixed, moving, control_grid = pair(0)

@@ -19,6 +19,8 @@ from gridreg_jax.errors import InputError
 
 Image = Num[Array, "N X Y Z C"]
 Mask = Shaped[Array, "N X Y Z"]
+# Variance within a window, in that of the image, below which contrast is taken for noise.
+FAINT = 1e-4
 
 
 def mse(fixed: Image, warped: Image, *, mask: Mask | None = None) -> Float[Array, " N"]:
@@ -96,9 +98,11 @@ def ncc(fixed: Image, warped: Image, *, mask: Mask | None = None) -> Float[Array
 def lncc(fixed: Image, warped: Image, *, window: int = 9, mask: Mask | None = None) -> Float[Array, " N"]:
     """One minus the mean squared local correlation coefficient, in [0, 1].
 
-    Blind to a change of gain, offset and sign that is constant across a window. A window that reaches over the border,
-    or out of the mask, uses the voxels it has; one whose two contrasts multiply to less than about 1e-4 of the
-    images' counts as flat and correlates with nothing.
+    With covariance c and variances v, w in a window, of images of unit variance, the coefficient is
+    `(|c| + e) / sqrt((v + e) (w + e))`, `e = 1e-4`: as if both images carried one and the same faint noise. So two flat
+    windows are alike, a flat one and another are not, and no image is more like another than like itself. Otherwise
+    blind to a change of gain, offset and sign that is constant across a window. A window that reaches over the border,
+    or out of the mask, uses the voxels it has.
 
     Args:
       fixed, warped: images on one lattice.
@@ -114,8 +118,8 @@ def lncc(fixed: Image, warped: Image, *, window: int = 9, mask: Mask | None = No
     fixed, warped, weight = _as_float(fixed, warped, mask)
     fixed, warped = _standardised(fixed, weight), _standardised(warped, weight)
     _, _, fixed_variance, warped_variance, covariance = _local_moments(fixed, warped, weight, window)
-    variances = fixed_variance * warped_variance
-    return jnp.mean(1 - _mean(covariance**2 / (variances + 1e-8), weight), axis=-1)
+    variances = (fixed_variance + FAINT) * (warped_variance + FAINT)
+    return jnp.mean(1 - _mean((jnp.abs(covariance) + FAINT) ** 2 / variances, weight), axis=-1)
 
 
 def ssim(fixed: Image, warped: Image, *, window: int = 7, mask: Mask | None = None) -> Float[Array, " N"]:

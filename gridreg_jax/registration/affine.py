@@ -13,10 +13,10 @@ from jaxtyping import Array, Float
 
 from gridreg_jax import geometry
 from gridreg_jax.data.nifti import Volume, corner_to_corner
-from gridreg_jax.data.preprocess import center_of_mass, normalise, resample
+from gridreg_jax.data.preprocess import center_of_mass, field_of_view, normalise, resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.instance import descend
-from gridreg_jax.losses import nmi
+from gridreg_jax.losses import lncc, nmi
 from gridreg_jax.programs import stored
 from gridreg_jax.registration.mask import kept
 from gridreg_jax.transforms.warp import identity_grid, sample
@@ -43,7 +43,8 @@ def align(
 
     A short rigid search starts with the centres of mass on each other, with the middles of the fields of view on each
     other, and from the headers, each with turns of 30 degrees about the three axes. The best go on, coarse to fine.
-    What lies outside the moving image's field of view does not count; that it lies there costs a little.
+    What lies outside the moving image's field of view does not count; that it lies there costs a little. Where the two
+    have more local correlation by the headers than by what was found, the headers stand.
 
     Args:
       fixed, moving: images of any lattice.
@@ -94,7 +95,21 @@ def align(
     matrix[:3, :3] = linear
     matrix[:3, 3] = moving_center + radius * shift - linear @ center
     check_overlap(fixed, moving, matrix)
-    return matrix
+    # Mutual information may gain a little where headers are right already; then their local correlation is higher.
+    return min(matrix, np.eye(4), key=lambda matrix: _unlikeness(fixed_level, moving_level, weight, matrix))
+
+
+def _unlikeness(fixed: Volume, moving: Volume, weight, matrix) -> float:
+    """Of two images where both are known, by local correlation: 1 where nothing is."""
+    shape = fixed.array.shape
+    warped = resample(moving, matrix @ fixed.affine, shape)
+    weight = weight * field_of_view(moving, matrix @ fixed.affine, shape)
+    return float(_local_correlation(fixed.array[None, ..., None], warped[None, ..., None], weight[None])[0])
+
+
+@stored
+def _local_correlation(fixed, warped, weight):
+    return lncc(fixed, warped, mask=weight)
 
 
 def check_overlap(fixed: Volume, moving: Volume, matrix: Float[np.ndarray, "4 4"]) -> None:
@@ -116,7 +131,7 @@ def check_overlap(fixed: Volume, moving: Volume, matrix: Float[np.ndarray, "4 4"
 
 @functools.partial(stored, static_argnames=("steps",))
 def _search(fixed, moving, weight, to_points, to_voxels, starts, possible, learning_rate, *, steps):
-    """The loss of each start before its last step, which is a tiny one, and its parameters after it.
+    """The least loss from each start, and the parameters there.
 
     Args:
       weight: of the fixed voxels.
@@ -140,7 +155,7 @@ def _search(fixed, moving, weight, to_points, to_voxels, starts, possible, learn
 
     def one(start):
         found, history = descend(loss, start, steps=steps, learning_rate=learning_rate)
-        return history[-1], found
+        return jnp.nanmin(history), found
 
     return jax.vmap(one)(starts)
 

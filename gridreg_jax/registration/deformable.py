@@ -304,10 +304,17 @@ def on_lattice(
     known = field_of_view(moving, matrix @ affine, shape)
     if mask is not None:
         known &= kept(mask, affine, shape)
+    # Where the moving image has much thicker slices, the fixed one is blurred like them: its edges would else be fitted
+    # to those of the interpolation between slices. Blurs as in `resample`, in voxels of the lattice.
+    own, its = (
+        np.linalg.norm((np.linalg.inv(to_world) @ volume.affine)[:3, :3], axis=1)
+        for to_world, volume in ((affine, fixed), (matrix @ affine, moving))
+    )
+    blur = 0.5 * np.sqrt(np.maximum(its**2 - 2 * np.maximum(own, 1) ** 2, 0))
     of_fixed, of_moving = label_maps or ((), ())
     with ThreadPoolExecutor(2) as pool:  # SciPy lets go of the interpreter.
         images = (
-            pool.map(lambda volume: resample(volume, affine, shape), (fixed, *of_fixed)),
+            pool.map(lambda volume: ndimage.gaussian_filter(resample(volume, affine, shape), blur), (fixed, *of_fixed)),
             pool.map(lambda volume: resample(volume, matrix @ wide_affine, wide), (moving, *of_moving)),
         )
         return *(np.stack(tuple(channels), axis=-1)[None] for channels in images), known[None]

@@ -41,6 +41,11 @@ def test_a_known_affine_is_found_from_far_away_at_any_size(phantom, lattice, tur
     assert distance_mm(align(fixed, moving), shift @ true, size_mm) < 0.02 * size_mm
 
 
+def test_headers_that_are_right_stand(phantom, lattice, turn):
+    moving = pair(phantom, lattice, turn, np.eye(4))[1]
+    np.testing.assert_array_equal(align(moving, moving), np.eye(4))
+
+
 def test_rigid_means_rigid(phantom, lattice, turn):
     true = nib.affines.from_matvec(turn(-25, 1), [10.0, 0, 5])
     found = align(*pair(phantom, lattice, turn, true), kind="rigid")

@@ -9,7 +9,16 @@ from gridreg_jax import geometry
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.errors import InputError
 from gridreg_jax.registration import deformable
-from gridreg_jax.registration.deformable import PRESETS, Preset, Stage, deform, finest_shape, last_cells, refining
+from gridreg_jax.registration.deformable import (
+    PRESETS,
+    Preset,
+    Stage,
+    deform,
+    finest_shape,
+    last_cells,
+    on_lattice,
+    refining,
+)
 from gridreg_jax.transforms.interpolation import axis_weights
 
 SHAPE = (32, 36, 30)
@@ -195,3 +204,16 @@ def test_an_image_of_few_voxels_is_not_coarsened_away(phantom, lattice):
     error_mm = np.linalg.norm(spacing * at_voxels(control_grid, shape) - true_mm, axis=-1)
     inside = np.linalg.norm(points_mm, axis=-1) < 30
     assert error_mm[inside].mean() < 0.5 * np.linalg.norm(true_mm, axis=-1)[inside].mean()
+
+
+def test_thick_slices_of_the_moving_image_are_no_edges(known):
+    fixed, moving, affine = known
+    slices = moving.array[:, :, :28].reshape(*SHAPE[:2], 7, 4).mean(-1)
+    thick_affine = affine @ np.diag([1, 1, 4, 1])
+    thick_affine[:3, 3] = geometry.voxel_to_world(np.array([0, 0, 1.5]), affine)
+    thick = Volume(slices, thick_affine, Path("thick"))
+    images = on_lattice(fixed, thick, None, np.eye(4), 1)
+    blurred = on_lattice(fixed, moving, None, np.eye(4), 1)
+    # A finer fixed image is blurred across the slices, one that is no finer stays as it is.
+    assert np.abs(np.diff(images[0][0, ..., 0], axis=2)).max() < 0.7 * np.abs(np.diff(fixed.array, axis=2)).max()
+    np.testing.assert_array_equal(blurred[0][0, ..., 0], fixed.array)
