@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -320,7 +321,7 @@ def register(
 def _trained(model: str | Path):
     from gridreg_jax.training.trained import load_trained
 
-    return load_trained(model, notify=lambda line: None)
+    return load_trained(model, notify=warnings.warn)
 
 
 def _start_by_affine(fixed: Volume, moving: Volume, mask: Volume | None, affine, given) -> Start:
