@@ -24,8 +24,9 @@ def limit_freed_memory() -> None:
     libc = _glibc()
     if libc:
         libc.mallopt(_M_ARENA_MAX, 1)
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)
+        # glibc before 2.35 refuses so much, and with the other one alone would not find good ones by itself any more.
+        if libc.mallopt(_M_MMAP_THRESHOLD, _LARGE):
+            libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)
 
 
 def return_freed_memory() -> None:

@@ -2,9 +2,11 @@ import math
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from gridreg_jax import memory
 from gridreg_jax.memory import left_to_group
 
 # Pages that are mapped anew by blocks of some MiB, taken and freed again and again.
@@ -51,3 +53,16 @@ def test_the_tightest_group_limits_whatever_the_version(tmp_path):
     assert left("3:cpuset:/\n2:cpu,memory:/job\n0::/\n") == 0
     assert left("0::/elsewhere\n") == math.inf
     assert left_to_group(tmp_path, tmp_path / "none") == math.inf
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_the_allocators_own_thresholds_stay_where_it_refuses_one(monkeypatch, accepted):
+    given = []
+
+    def mallopt(option, value):
+        given.append(option)
+        return option != memory._M_MMAP_THRESHOLD or accepted
+
+    monkeypatch.setattr(memory, "_glibc", lambda: SimpleNamespace(mallopt=mallopt))
+    memory.limit_freed_memory()
+    assert (memory._M_TRIM_THRESHOLD in given) == accepted
