@@ -507,7 +507,7 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path):
 
 
 def test_a_prediction_that_would_not_fit_is_refused_before_a_step(tmp_path, subjects_csv, monkeypatch):
-    monkeypatch.setattr("gridreg_jax.training.step.memory_available", lambda: 1000)
+    monkeypatch.setattr("gridreg_jax.memory.memory_available", lambda: 1000)
     with pytest.raises(InputError, match="a prediction at grid size 5 needs .* smaller data.shape or grid size"):
         fit(tiny_config(subjects_csv), tmp_path)
     assert not read_metrics(tmp_path)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from gridreg_jax import memory
@@ -66,3 +67,21 @@ def test_the_allocators_own_thresholds_stay_where_it_refuses_one(monkeypatch, ac
     monkeypatch.setattr(memory, "_glibc", lambda: SimpleNamespace(mallopt=mallopt))
     memory.limit_freed_memory()
     assert (memory._M_TRIM_THRESHOLD in given) == accepted
+
+
+@pytest.mark.parametrize(
+    ("platform", "stats", "free", "granted", "expected"),
+    [
+        ("cpu", None, 1000, 900, 300),
+        ("cpu", None, 900, math.inf, 300),
+        ("gpu", dict(bytes_limit=800, bytes_in_use=300), 900, 900, 500),
+        ("gpu", None, 900, 900, None),
+    ],
+)
+def test_three_devices_share_what_the_cpu_has_left(platform, stats, free, granted, expected, monkeypatch):
+    device = SimpleNamespace(platform=platform, memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device] * 3)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 3)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(memory, "left_to_group", lambda: granted)
+    assert memory.memory_available() == expected

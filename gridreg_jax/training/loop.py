@@ -20,19 +20,11 @@ from gridreg_jax import losses
 from gridreg_jax.data.pipeline import Dataset, batches, open_dataset
 from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.measure import GridSize, candidates, check_fits, make_predict, measure, score, summarise
+from gridreg_jax.memory import bytes_needed, check_memory
 from gridreg_jax.models import build, describe, has_control_grid
 from gridreg_jax.rng import generator
 from gridreg_jax.training.checkpoint import Checkpoints
-from gridreg_jax.training.step import (
-    TrainStep,
-    build_run,
-    bytes_needed,
-    check_memory,
-    compile_steps,
-    make_train_step,
-    shard,
-    sharing,
-)
+from gridreg_jax.training.step import TrainStep, build_run, compile_steps, make_train_step, shard, sharing
 from gridreg_jax.training.trained import load_trained
 from gridreg_jax.training.writers import MetricsWriter, SilentWriter
 from gridreg_jax.transforms.interpolation import check_grid_size
