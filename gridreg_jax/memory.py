@@ -41,16 +41,23 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def check_memory(needed: int, what: str, grid_size: tuple[int, int, int] | None, *smaller: str) -> None:
-    """Raise `InputError` where `what` needs more bytes than a device has left."""
+def check_memory(needed: int, what: str, grid_size: tuple[int, int, int] | None, *smaller: str, held: int) -> None:
+    """Raise `InputError` where `what` needs more bytes than a device has left beside those that it holds already."""
     available = memory_available()
-    if available is not None and needed > available:
+    if available is not None and needed > (available := available + held):
         at = f" at grid size {grid_size[0]}" if grid_size else ""
         smaller = " or ".join([*smaller, "data.shape", *(["grid size"] if grid_size else [])])
         raise InputError(
             f"{what}{at} needs {needed / 2**30:.1f} GiB a device, and {available / 2**30:.1f} GiB are free: "
             f"a smaller {smaller} would need less"
         )
+
+
+def bytes_held(arrays) -> int:
+    """Memory that a tree of arrays takes of a device, as much on each that holds a part of it."""
+    import jax
+
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(arrays))
 
 
 def bytes_needed(program) -> int:

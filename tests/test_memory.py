@@ -5,9 +5,11 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from gridreg_jax import memory
+from gridreg_jax.errors import InputError
 from gridreg_jax.memory import left_to_group
 
 # Pages that are mapped anew by blocks of some MiB, taken and freed again and again.
@@ -85,3 +87,17 @@ def test_three_devices_share_what_the_cpu_has_left(platform, stats, free, grante
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     monkeypatch.setattr(memory, "left_to_group", lambda: granted)
     assert memory.memory_available() == expected
+
+
+def test_what_a_step_holds_already_is_not_needed_again(monkeypatch):
+    monkeypatch.setattr(memory, "memory_available", lambda: 100)
+    memory.check_memory(150, "a step", None, held=50)
+    with pytest.raises(InputError, match="a step at grid size 5 needs .* a smaller data.shape or grid size"):
+        memory.check_memory(151, "a step", (5, 5, 5), held=50)
+
+
+def test_each_device_holds_its_part_of_what_is_split_and_all_of_what_is_not():
+    mesh = jax.sharding.Mesh(jax.devices(), "all")
+    parts = [jax.sharding.PartitionSpec(*axes) for axes in (["all"], [])]
+    split, whole = (jax.device_put(np.zeros(64, np.float32), jax.sharding.NamedSharding(mesh, part)) for part in parts)
+    assert memory.bytes_held({"split": split, "whole": [whole]}) == 256 // jax.device_count() + 256

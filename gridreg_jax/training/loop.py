@@ -20,7 +20,7 @@ from gridreg_jax import losses
 from gridreg_jax.data.pipeline import Dataset, batches, open_dataset
 from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.measure import GridSize, candidates, check_fits, make_predict, measure, score, summarise
-from gridreg_jax.memory import bytes_needed, check_memory
+from gridreg_jax.memory import bytes_held, bytes_needed, check_memory
 from gridreg_jax.models import build, describe, has_control_grid
 from gridreg_jax.rng import generator
 from gridreg_jax.training.checkpoint import Checkpoints
@@ -267,7 +267,7 @@ def _compile(
     notify("compiling" + (f" for grid sizes {', '.join(str(size[0]) for size in sizes)}" if grid_sizes else ""))
     pair = dataset.arrays(dataset.pairs["val"][:1], known=True)
     predicting = bytes_needed(predict.lower(_on_one_device(state.params), pair, sizes[-1]).compile())
-    check_memory(predicting, "a prediction", sizes[-1])
+    check_memory(predicting, "a prediction", sizes[-1], held=bytes_held(state.params))
     steps, needed = compile_steps(train_step, state, batch, sizes)
     memory = f"; a step needs {needed / 2**20:.0f} MiB a device, a prediction {predicting / 2**20:.0f}"
     notify(f"compiled in {time.perf_counter() - began:.0f} s{memory if needed else ''}")

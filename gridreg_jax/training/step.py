@@ -19,7 +19,7 @@ from gridreg_jax.augment import augment, foreground_points
 from gridreg_jax.errors import InputError
 from gridreg_jax.losses import SIMILARITIES
 from gridreg_jax.measure import GridSize, candidates
-from gridreg_jax.memory import bytes_needed, check_memory, return_freed_memory
+from gridreg_jax.memory import bytes_held, bytes_needed, check_memory, return_freed_memory
 from gridreg_jax.models import Prediction, build
 from gridreg_jax.models.layers import CONVOLUTION
 from gridreg_jax.programs import compiler_options, stored
@@ -258,12 +258,12 @@ def compile_steps(
     """
     options, changed = compiler_options(), batch
     # What a step keeps beside what the gradient's program needs: the optimiser's state, and the batch as it was.
-    beside = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    beside = bytes_held(state.opt_state)
     change = None
     if step.change:
         change = step.change.lower(state.step, batch).compile(options)
         changed = change(state.step, batch)
-        beside += sum(array.nbytes // len(array) for array in batch.values())
+        beside += bytes_held(batch)
     # Compiled one after the other, since XLA uses all cores for one program, and takes more than a gigabyte while it
     # does; but traced meanwhile, which is Python.
     with ThreadPoolExecutor(max_workers=1) as compiler:
@@ -284,5 +284,5 @@ def compile_steps(
     needs = {grid_size: bytes_needed(gradient) for grid_size, gradient in gradients.items()}
     largest = max(needs, key=needs.get)
     needed = needs[largest] and beside + needs[largest]
-    check_memory(needed, "a step", largest, "batch_size")
+    check_memory(needed, "a step", largest, "batch_size", held=bytes_held((state, batch)))
     return {grid_size: TrainStep(change, gradient, update) for grid_size, gradient in gradients.items()}, needed
