@@ -125,7 +125,7 @@ def objective(
     if segmentation and prediction.segmentation is not None:
         sides = zip(prediction.segmentation, ("fixed_labels", "moving_labels"), strict=True)
         terms["segmentation"] = _mean(segmentation_loss(logits, batch[name]) for logits, name in sides)
-    if prediction.log_variance is not None:
+    if uncertainty and prediction.log_variance is not None:
         weighted = uncertainty_weighted_mse(fixed, warped[..., None], prediction.variance, penalty=penalty)
         terms["uncertainty"] = weighted
     weights = dict(image=image, grid=grid, dice=dice, bending=bending, folding=folding, elastic=1.0)
