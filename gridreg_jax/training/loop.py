@@ -129,14 +129,12 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
                     _record(writer, progress, *pending)
                     pending = None
                     _check_finite(step, state)
-                if validates:
-                    chosen = validate(predict, state.params, dataset, config["grid_sizes"])
-                    writer.write(step, "val", chosen)
-                    notify(_validation_line(step, chosen))
-                    _save(checkpoints, step, state, config, chosen, scored=True)
+                    if validates:
+                        chosen = validate(predict, state.params, dataset, config["grid_sizes"])
+                        writer.write(step, "val", chosen)
+                        notify(_validation_line(step, chosen))
+                    _save(checkpoints, step, state, config, chosen, scored=validates)
                     began = time.perf_counter()
-                elif step % config["checkpoint_every"] == 0:
-                    _save(checkpoints, step, state, config, chosen, scored=False)
             if pending:
                 _record(writer, progress, *pending)
         if spent:
