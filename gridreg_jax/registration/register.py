@@ -1,7 +1,9 @@
 """Register two images of any size, spacing and orientation: one call, and a result that warps, maps and saves."""
 
+import contextlib
 import dataclasses
 import functools
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -270,11 +272,14 @@ def register(
     from_network = trained is not None or method == "ncf"
     if from_network:
         stages = deformable.refining(stages, refine or 0)
-    begun = time.monotonic()
-    with ThreadPoolExecutor(1) as pool:
+    begun, stop = time.monotonic(), threading.Event()
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as ending:
+        ending.callback(stop.set)  # An error does not wait for programs that nobody will run.
         # The next part's programs are brought while this one runs.
         expected = dict(from_start=from_network, labels=getattr(trained.model, "labels", 0) if trained else 0)
-        loading = pool.submit(deformable.load, fixed_working, preset=stages, **expected, **options)
+        loading = pool.submit(
+            deformable.load, fixed_working, preset=stages, stopped=stop.is_set, **expected, **options
+        )
         if trained is not None:
             start = _start_by_network(trained, model, fixed, moving, fixed_working)
         else:
