@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import tempfile
 
 import nibabel as nib
 import numpy as np
@@ -158,3 +159,12 @@ def test_a_system_is_evaluated_like_a_run(subjects_csv, tmp_path, capsys, monkey
     assert all(float(row["mse_after"]) < float(row["mse_before"]) for row in rows)
     assert {path.name for path in tmp_path.glob("*.png")} == {"case00.png", "case01.png"}
     assert f"2 cases, ncf with {cores()} threads" in capsys.readouterr().out
+
+
+def test_greedy_works_in_a_folder_whose_name_has_a_space(tmp_path, monkeypatch):
+    pytest.importorskip("picsl_greedy")
+    (tmp_path / "a space").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a space"))
+    options = dict(seed=0, cache_dir=tmp_path)
+    displacement, _ = SYSTEMS["greedy"](blobs([1.0, 0.0, 0.0]), blobs(), oblique_affine(), **options)
+    assert displacement.shape == (*SHAPE, 3)
