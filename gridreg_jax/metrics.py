@@ -131,8 +131,8 @@ def ndv_percent(displacement: Displacement, mask: Mask | None = None) -> float:
 
     The cubes between voxel centres can be cut into five tetrahedra in two ways. The volume of all those with a negative
     image, half of it for each way, is divided by the number of voxels counted: the interior ones (one voxel off every
-    face) inside the mask; NaN if there are none. Central differences can miss a fold that this sees, never the other
-    way round.
+    face) inside the mask; NaN if there are none. Central differences can miss a fold that this sees. They see none that
+    this misses, but count what is made flat (u = -x), which this does not: nothing of it is inside out.
 
     Args:
       displacement: voxels.
