@@ -390,13 +390,9 @@ def given_affine(affine: str | Path | Num[np.ndarray, "_ _"]) -> Float[np.ndarra
     if affine == "off":
         return np.eye(4)
     transforms = itk_files.read(affine)
-    if not all(transform.type.startswith(("Affine", "MatrixOffset")) for transform in transforms):
+    if any(transform.type != itk.AFFINE for transform in transforms):
         raise InputError(f"{affine}: holds more than an affine transform")
-    # Four points tell an affine map.
-    points = itk.apply(transforms, np.vstack([np.zeros(3), np.eye(3)]))
-    matrix = np.eye(4)
-    matrix[:3, :3], matrix[:3, 3] = (points[1:] - points[0]).T, points[0]
-    return matrix
+    return itk.affine_matrix(transforms)
 
 
 def pull(
