@@ -219,18 +219,6 @@ def lumir_tre_voxels(
     return centroid_distance_mm(fixed_landmarks, _learn2reg_warp(moving_landmarks, displacement), labels, (1, 1, 1))
 
 
-def lumir_ndv_percent(displacement: Displacement, moving: Num[np.ndarray, "X Y Z"]) -> float:
-    """`ndv_percent` as Learn2Reg's LUMIR task of 2024 scores it: where the *moving* image is above 0.
-
-    That of 2025 takes the fixed one: `ndv_percent(displacement, fixed > 0)`.
-
-    Args:
-      displacement: voxels.
-      moving: the moving image, as it was.
-    """
-    return ndv_percent(displacement, moving > 0)
-
-
 def _in_both(fixed_labels, moving_labels, label) -> bool:
     return bool(np.any(fixed_labels == label) and np.any(moving_labels == label))
 
