@@ -1,10 +1,11 @@
 """What a benchmark ran on."""
 
-import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+
+from gridreg_jax.cores import cores
 
 
 def hardware(device: str | None = None, *, packages: Sequence[str] = ("jax",)) -> dict:
@@ -29,11 +30,3 @@ def cpu_model() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Processor cores that this process may use.
-
-    As `baselines.program.threads`, whose imports would count as memory of PyTorch's process.
-    """
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

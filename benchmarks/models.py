@@ -20,9 +20,9 @@ from benchmarks.hardware import hardware
 from benchmarks.versus_torch import make_batch
 from configs.models import MODELS
 from gridreg_jax.measure import make_predict
+from gridreg_jax.memory import bytes_needed
 from gridreg_jax.models import MODELS as REGISTERED
 from gridreg_jax.models import build, has_control_grid
-from gridreg_jax.training.step import bytes_needed
 
 
 def measure(model, shape: tuple[int, int, int], grid: int, repeats: int) -> dict:

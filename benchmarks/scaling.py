@@ -21,7 +21,8 @@ from benchmarks.arguments import at_least, result_file
 from benchmarks.hardware import hardware
 from benchmarks.versus_torch import NUM_LABELS, make_batch, weights
 from gridreg_jax.measure import make_predict
-from gridreg_jax.training.step import build_run, bytes_needed, compile_steps, make_train_step, shard
+from gridreg_jax.memory import bytes_needed
+from gridreg_jax.training.step import build_run, compile_steps, make_train_step, shard
 
 
 def measure(size: int, grid: int, repeats: int) -> dict:

@@ -37,7 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for `python benchmarks/versus_torch.py` too
 
 from benchmarks.arguments import at_least, result_file  # noqa: E402
-from benchmarks.hardware import cores, hardware  # noqa: E402
+from benchmarks.hardware import hardware  # noqa: E402
+from gridreg_jax.cores import cores  # noqa: E402
 
 LEARNING_RATE = 1e-4
 NUM_LABELS = 2

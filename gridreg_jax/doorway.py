@@ -79,9 +79,9 @@ def join_processes(coordinator: str | None, processes: int | None, process: int 
     if coordinator == "auto" and explicit != (None, None):
         raise InputError("--coordinator=auto finds --processes and --process by itself: leave them out")
     if process == 0:
-        # JAX would crash where another program has the port.
+        # JAX would crash where another program has the port, and share it with another run of JAX.
         try:
-            socket.create_server(("", int(coordinator.rpartition(":")[2])), reuse_port=True).close()
+            socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
         except (OSError, OverflowError, ValueError) as error:
             raise InputError(f"--coordinator={coordinator}: that port cannot be used here ({error})") from error
     import jax

@@ -230,8 +230,8 @@ def _measurements(
     row["folding_percent"] = metrics.folding_percent(displacement)
     if thorough:
         row["ndv_percent"] = metrics.ndv_percent(displacement)
-        above_zero = dataset.sources[pair[1]].load().above_zero
-        row["lumir_ndv_percent"] = metrics.lumir_ndv_percent(displacement, above_zero.astype(np.uint8))
+        # Where Learn2Reg's LUMIR task of 2024 counts; that of 2025 does where the fixed image is above 0.
+        row["lumir_ndv_percent"] = metrics.ndv_percent(displacement, dataset.sources[pair[1]].load().above_zero)
         row["learn2reg_sd_log_jacobian"] = metrics.learn2reg_sd_log_jacobian(displacement)
     row["sd_log_jacobian"] = metrics.sd_log_jacobian(displacement)
     return row

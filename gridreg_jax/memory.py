@@ -1,10 +1,14 @@
-"""Memory of the process: what a container leaves to it, and what the C library's allocator keeps (glibc alone)."""
+"""Memory: what programs need and what is left for them, and what the C library's allocator keeps (glibc alone)."""
 
 import contextlib
 import ctypes
 import gc
 import math
 from pathlib import Path
+
+import psutil
+
+from gridreg_jax.errors import InputError
 
 # malloc.h
 _M_TRIM_THRESHOLD = -1
@@ -24,8 +28,9 @@ def limit_freed_memory() -> None:
     libc = _glibc()
     if libc:
         libc.mallopt(_M_ARENA_MAX, 1)
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)
+        # glibc before 2.35 refuses so much, and with the other one alone would not find good ones by itself any more.
+        if libc.mallopt(_M_MMAP_THRESHOLD, _LARGE):
+            libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)
 
 
 def return_freed_memory() -> None:
@@ -34,6 +39,49 @@ def return_freed_memory() -> None:
     libc = _glibc()
     if libc:
         libc.malloc_trim(0)
+
+
+def check_memory(needed: int, what: str, grid_size: tuple[int, int, int] | None, *smaller: str, held: int) -> None:
+    """Raise `InputError` where `what` needs more bytes than a device has left beside those that it holds already."""
+    available = memory_available()
+    if available is not None and needed > (available := available + held):
+        at = f" at grid size {grid_size[0]}" if grid_size else ""
+        smaller = " or ".join([*smaller, "data.shape", *(["grid size"] if grid_size else [])])
+        raise InputError(
+            f"{what}{at} needs {needed / 2**30:.1f} GiB a device, and {available / 2**30:.1f} GiB are free: "
+            f"a smaller {smaller} would need less"
+        )
+
+
+def bytes_held(arrays) -> int:
+    """Memory that a tree of arrays takes of a device, as much on each that holds a part of it."""
+    import jax
+
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(arrays))
+
+
+def bytes_needed(program) -> int:
+    """Peak memory of a program: arguments, temporaries, and outputs that do not take the place of arguments."""
+    sizes = program.memory_analysis()
+    if sizes is None:  # not every backend tells
+        return 0
+    return (
+        sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    )
+
+
+def memory_available() -> int | None:
+    """Bytes that a device may still take; None where the platform does not tell. On the CPU, what is free (and, in a
+    container or a job of a cluster, still granted) divided by the devices."""
+    import jax  # not above: what is allocated from the start is to go by `limit_freed_memory`
+
+    device = jax.local_devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    if device.platform == "cpu":
+        return min(psutil.virtual_memory().available, left_to_group()) // jax.local_device_count()
+    return None
 
 
 def left_to_group(mounted: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> int | float:

@@ -131,8 +131,8 @@ def ndv_percent(displacement: Displacement, mask: Mask | None = None) -> float:
 
     The cubes between voxel centres can be cut into five tetrahedra in two ways. The volume of all those with a negative
     image, half of it for each way, is divided by the number of voxels counted: the interior ones (one voxel off every
-    face) inside the mask; NaN if there are none. Central differences can miss a fold that this sees, never the other
-    way round.
+    face) inside the mask; NaN if there are none. Central differences can miss a fold that this sees. They see none that
+    this misses, but count what is made flat (u = -x), which this does not: nothing of it is inside out.
 
     Args:
       displacement: voxels.
@@ -217,18 +217,6 @@ def lumir_tre_voxels(
       labels: the ids to score.
     """
     return centroid_distance_mm(fixed_landmarks, _learn2reg_warp(moving_landmarks, displacement), labels, (1, 1, 1))
-
-
-def lumir_ndv_percent(displacement: Displacement, moving: Num[np.ndarray, "X Y Z"]) -> float:
-    """`ndv_percent` as Learn2Reg's LUMIR task of 2024 scores it: where the *moving* image is above 0.
-
-    That of 2025 takes the fixed one: `ndv_percent(displacement, fixed > 0)`.
-
-    Args:
-      displacement: voxels.
-      moving: the moving image, as it was.
-    """
-    return ndv_percent(displacement, moving > 0)
 
 
 def _in_both(fixed_labels, moving_labels, label) -> bool:

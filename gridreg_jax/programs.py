@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from importlib import metadata
@@ -81,10 +82,17 @@ class _Program:
 
     def __init__(self, function: Callable, shapes, library_sums: bool):
         self.function, self._shapes, self._library_sums = function, shapes, library_sums
+        self._compiled, self._compiling = None, threading.Lock()
 
-    @functools.cached_property
+    @property
     def compiled(self) -> Callable:
-        return self.function.lower(*self._shapes).compile(compiler_options(library_sums=self._library_sums))
+        # Whoever asks meanwhile waits. (`functools.cached_property` lets it compile too, or, before Python 3.12, all
+        # other programs wait.)
+        with self._compiling:
+            if self._compiled is None:
+                lowered = self.function.lower(*self._shapes)
+                self._compiled = lowered.compile(compiler_options(library_sums=self._library_sums))
+        return self._compiled
 
 
 def stored(function: Callable, *, static_argnames: tuple[str, ...] = (), library_sums: bool = True) -> Callable:

@@ -507,7 +507,7 @@ def test_an_evaluation_of_nothing_is_refused(tmp_path):
 
 
 def test_a_prediction_that_would_not_fit_is_refused_before_a_step(tmp_path, subjects_csv, monkeypatch):
-    monkeypatch.setattr("gridreg_jax.training.step.memory_available", lambda: 1000)
+    monkeypatch.setattr("gridreg_jax.memory.memory_available", lambda: 1000)
     with pytest.raises(InputError, match="a prediction at grid size 5 needs .* smaller data.shape or grid size"):
         fit(tiny_config(subjects_csv), tmp_path)
     assert not read_metrics(tmp_path)
@@ -537,3 +537,15 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, subjects_csv, mo
         loop.fit(tiny_config(subjects_csv, checkpoint_every=1), tmp_path)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [1]
+
+
+def test_the_seconds_of_a_step_are_without_those_of_a_save(tmp_path, subjects_csv, monkeypatch):
+    def step(state, batch):
+        return state, {"loss": np.float32(0.5)}
+
+    chosen = {"grid_size": [4, 4, 4], "score": 0.5, "scores": {"4": 0.5}}
+    monkeypatch.setattr(loop, "_compile", lambda *_: dict.fromkeys([(4, 4, 4), (5, 5, 5)], step))
+    monkeypatch.setattr(loop, "validate", lambda *_: chosen)
+    monkeypatch.setattr(loop, "_save", lambda *_, **__: time.sleep(1))
+    assert fit(tiny_config(subjects_csv, steps=3, val_every=3, checkpoint_every=1), tmp_path)
+    assert max(line["seconds"] for line in read_metrics(tmp_path) if line["kind"] == "train") < 1

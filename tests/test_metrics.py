@@ -276,13 +276,6 @@ def test_lumir_landmarks_are_blobs_whose_centroids_are_compared():
     assert found[1] == 0 and np.isnan(found[2])
 
 
-def test_lumir_volume_is_counted_where_the_moving_image_is():
-    displacement, moving = smooth_field(size=6), np.zeros((12, 11, 10))
-    moving[3:7] = 1
-    assert metrics.lumir_ndv_percent(displacement, moving) == metrics.ndv_percent(displacement, moving > 0)
-    assert metrics.lumir_ndv_percent(displacement, moving) != metrics.ndv_percent(displacement)
-
-
 @pytest.mark.filterwarnings("error")
 def test_nothing_to_count_is_nan():
     displacement = np.zeros((6, 6, 6, 3))

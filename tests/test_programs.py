@@ -1,6 +1,9 @@
 import dataclasses
 import gc
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -152,3 +155,21 @@ def test_a_program_that_was_loaded_is_not_compiled_again(program_cache, monkeypa
     monkeypatch.setattr(jax.stages.Lowered, "compile", None)
     found = function(*arguments(), power=2)
     np.testing.assert_allclose(found["sum"], [0.5, 1.5, 4.5])
+
+
+def test_threads_compile_two_programs_at_once_and_one_program_once():
+    def function(wait):
+        made = Mock()
+        made.lower.return_value.compile.side_effect = lambda options: (wait(), Mock())[1]
+        return made
+
+    def compiled(program):
+        return program.compiled
+
+    both = threading.Barrier(2)
+    one = function(lambda: threading.Event().wait(0.2))
+    with ThreadPoolExecutor(2) as pool:
+        # Each goes on when the other one is being compiled too.
+        two = [programs._Program(function(lambda: both.wait(20)), (), True) for _ in range(2)]
+        assert len({*pool.map(compiled, two)}) == 2
+        assert len({*pool.map(compiled, [programs._Program(one, (), True)] * 2)}) == one.lower.call_count == 1

@@ -2,7 +2,7 @@
 
 Each is a function `(fixed, moving, affine, *, seed, cache_dir) -> (displacement, seconds)` of two images `[X, Y, Z]` on
 one lattice, whose affine goes from voxels to RAS mm; the displacement `[X, Y, Z, 3]` is in voxels and pulls back. The
-seconds are those of the registration, with as many threads as `threads()` says.
+seconds are those of the registration, with a thread for each of the `cores`.
 """
 
 from gridreg_jax.baselines import ants, greedy

@@ -1,5 +1,6 @@
 """greedy (Yushkevich et al., Penn Image Computing and Science Laboratory), by its Python package picsl-greedy."""
 
+import contextlib
 import functools
 import io
 from collections.abc import Callable
@@ -20,10 +21,11 @@ def register(folder: Path, settings: str, threads: int) -> tuple[Path, Callable]
     """
     from picsl_greedy import Greedy3D
 
-    matrix, warp = folder / "affine.mat", folder / "warp.nii.gz"
-    common = f"{settings} -threads {threads} -V 0 -i {folder / 'fixed.nii'} {folder / 'moving.nii'}"
+    common = f"{settings} -threads {threads} -V 0 -i fixed.nii moving.nii"
     program = Greedy3D()
-    program.execute(f"-a -dof 12 -ia-identity {common} -o {matrix}", out=io.StringIO(), err=io.StringIO())
-    # Displacements are stored to a tenth of a voxel unless told otherwise (-wp).
-    program.execute(f"{common} -it {matrix} -o {warp} -wp 0", out=io.StringIO(), err=io.StringIO())
-    return warp, functools.partial(geometry.voxel_to_world, affine=np.loadtxt(matrix))
+    with contextlib.chdir(folder):  # A path with a space would be two to it.
+        program.execute(f"-a -dof 12 -ia-identity {common} -o affine.mat", out=io.StringIO(), err=io.StringIO())
+        # Displacements are stored to a tenth of a voxel unless told otherwise (-wp).
+        program.execute(f"{common} -it affine.mat -o warp.nii.gz -wp 0", out=io.StringIO(), err=io.StringIO())
+    linear = functools.partial(geometry.voxel_to_world, affine=np.loadtxt(folder / "affine.mat"))
+    return folder / "warp.nii.gz", linear

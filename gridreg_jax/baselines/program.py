@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import os
 import tempfile
 import time
 import zipfile
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from gridreg_jax import geometry
+from gridreg_jax.cores import cores
 from gridreg_jax.data import nifti
 from gridreg_jax.errors import InputError
 from gridreg_jax.export.itk_files import load_displacement
@@ -22,11 +22,6 @@ from gridreg_jax.files import replacing
 
 # Part of every cache key: raise it with every change of how a program is called or its result is read.
 CACHE_VERSION = 1
-
-
-def threads() -> int:
-    """Processor cores that this process may use, and threads that a program is given."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +67,7 @@ class Program:
             nifti.save(folder / "fixed.nii", fixed, affine)
             nifti.save(folder / "moving.nii", moving, affine)
             start = time.perf_counter()
-            warp, linear = self.register(folder, self.settings, threads())
+            warp, linear = self.register(folder, self.settings, cores())
             seconds = time.perf_counter() - start
             displacement = displacement_in_voxels(warp, linear, affine)
         with replacing(entry) as temporary:
@@ -87,7 +82,7 @@ class Program:
             raise InputError(f"{self.package} is not installed: pip install 'gridreg_jax[{self.extra}]'") from error
 
     def _key(self, *arrays: np.ndarray) -> str:
-        told = (CACHE_VERSION, self.package, self.version(), self.settings, threads(), arrays[0].shape)
+        told = (CACHE_VERSION, self.package, self.version(), self.settings, cores(), arrays[0].shape)
         digest = hashlib.sha256(repr(told).encode())
         for array in arrays:
             digest.update(np.ascontiguousarray(array).tobytes())

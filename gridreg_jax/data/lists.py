@@ -8,14 +8,12 @@ import csv
 import dataclasses
 import difflib
 import itertools
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import InputError, check_known
+from gridreg_jax.rng import generator
 
 SPLITS = ("train", "val", "test")
 
@@ -93,7 +91,7 @@ def assign_splits(items: Sequence[Item], *, seed: int) -> list[Item]:
     least = 2 if isinstance(items[0], Subject) else 1
     val, test = (max(least, round(share * len(items))) for share in (0.1, 0.2))
     splits = ["val"] * val + ["test"] * test + ["train"] * (len(items) - val - test)
-    order = np.random.default_rng([seed, zlib.crc32(b"split")]).permutation(len(items))
+    order = generator(seed, "split").permutation(len(items))
     return [dataclasses.replace(item, split=splits[place]) for item, place in zip(items, order, strict=True)]
 
 
@@ -166,8 +164,8 @@ def _read_items(kind: type[Item], csv_path: str | Path) -> tuple[list[Item], lis
             if not cells[name]:
                 raise InputError(f"{csv_path}: row {number}: the cell of column '{name}' is empty")
         split = cells.pop("split")
-        if split and split not in SPLITS:
-            raise InputError(f"{csv_path}: row {number}: split '{split}' is none of {', '.join(SPLITS)} (or empty)")
+        if split:
+            check_known(f"{csv_path}: row {number}: split", split, SPLITS)
         paths = {name: csv_path.parent / cell for name, cell in cells.items() if cell}
         missing += [f"row {number}: {name}: no such file: {path}" for name, path in paths.items() if not path.is_file()]
         items.append(kind(**paths, split=split))

@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from gridreg_jax import geometry
 from gridreg_jax.data.nifti import Volume, existing_file, load_image, load_labels
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.files import replacing
 
 # Part of every cache key: raise it with every change of what `prepare` computes.
@@ -44,8 +44,7 @@ class Lattice:
             raise InputError(f"lattice shape must be three positive whole numbers, not {self.shape}")
         if len(self.spacing) != 3 or not all(0 < step < np.inf for step in self.spacing):
             raise InputError(f"lattice spacing must be three positive numbers (mm), not {self.spacing}")
-        if self.center not in CENTERS:
-            raise InputError(f"lattice center must be one of {', '.join(CENTERS)}, not '{self.center}'")
+        check_known("lattice center", self.center, CENTERS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from gridreg_jax.evaluation import tables
 from gridreg_jax.evaluation.evaluate import evaluate
 from gridreg_jax.measure import make_predict
+from gridreg_jax.memory import bytes_needed
 from gridreg_jax.training.loop import fit
-from gridreg_jax.training.step import bytes_needed
 from gridreg_jax.training.trained import load_trained
 
 COLUMNS = ("dice", "tre_mm", "centroid_mm", "folding_percent", "sd_log_jacobian")

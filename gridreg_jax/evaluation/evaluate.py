@@ -10,7 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gridreg_jax.baselines import SYSTEMS
-from gridreg_jax.baselines.program import Program, threads
+from gridreg_jax.baselines.program import Program
+from gridreg_jax.cores import cores
 from gridreg_jax.data import nifti
 from gridreg_jax.data.pipeline import Dataset, open_dataset, open_pairs
 from gridreg_jax.errors import InputError, check_known
@@ -126,7 +127,7 @@ def evaluate_system(
     cache_dir = Path(config["data"]["cache_dir"] or default_cache_dir())
     register = functools.partial(SYSTEMS[system], affine=affine, seed=config["seed"], cache_dir=cache_dir)
     measured = measure_function(register, dataset, dataset.pairs["test"])
-    return _write(Path(out), measured, dataset, None, {"system": system, "threads": threads()}, pictures, notify)
+    return _write(Path(out), measured, dataset, None, {"system": system, "threads": cores()}, pictures, notify)
 
 
 def _open(config: dict, pairs: str, notify: Callable[[str], None]) -> Dataset:

@@ -61,30 +61,43 @@ def case_picture(path: Path, arrays: dict[str, np.ndarray], spacing: tuple[float
 
 
 def loss_curves(path: Path, lines: list[dict]) -> None:
-    """Training loss (every step and smoothed) with its terms, and the validation score of every grid size."""
+    """Training loss (every step and smoothed) with its terms, and the validation score of every grid size.
+
+    What a run has been resumed with may be other terms and grid sizes: a curve is drawn where it has values.
+    """
     train = [line for line in lines if line["kind"] == "train"]
     validation = [line for line in lines if line["kind"] == "val"]
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = np.array([line["step"] for line in train])
     no_terms = ("step", "kind", "grid_size", "seconds", "waiting")
-    terms = [name for name in (train[0] if train else {}) if name not in no_terms]
-    for name in terms:
-        values = np.array([line[name] for line in train])
+    names = dict.fromkeys(name for line in train for name in line if name not in no_terms)
+    terms = {name: _values(train, name) for name in names}
+    for name, values in terms.items():
         window = max(1, len(values) // 50)
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         (drawn,) = left.plot(steps[window - 1 :], smooth, label=name)
         left.plot(steps, values, color=drawn.get_color(), alpha=0.15, linewidth=0.5)
-    left.set(xlabel="step", title="training: loss and its unweighted terms", yscale="log")
+    left.set(xlabel="step", title="training: loss and its unweighted terms")
+    # A logarithm of a likelihood, such as that of the uncertainty, can be negative.
+    if any(np.any(values < 0) for values in terms.values()):
+        left.set_yscale("symlog", linthresh=1e-3)
+    else:
+        left.set_yscale("log")
     if terms:
         left.legend(fontsize=8)
-    for name in validation[0]["scores"] if validation else ():
-        values = [line["scores"][name] for line in validation]
-        right.plot([line["step"] for line in validation], values, marker=".", label=f"grid {name}")
+    scores = [line["scores"] for line in validation]
+    for name in dict.fromkeys(name for line in scores for name in line):
+        right.plot([line["step"] for line in validation], _values(scores, name), marker=".", label=f"grid {name}")
     right.set(xlabel="step", title="validation: score, higher is better")
     if validation:
         right.legend(fontsize=8)
     _save(figure, path)
+
+
+def _values(lines: list[dict], name: str) -> np.ndarray:
+    """One a line, NaN where it has none."""
+    return np.array([line.get(name, np.nan) for line in lines])
 
 
 def _draw_grid(axis, displacement: np.ndarray, lines: int = 20) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +10,7 @@ from jaxtyping import Bool, Float, Float64, Num
 from scipy import ndimage
 
 from gridreg_jax import geometry
+from gridreg_jax.cores import cores
 from gridreg_jax.export import itk
 from gridreg_jax.export.itk import ItkTransform
 
@@ -18,8 +18,8 @@ from gridreg_jax.export.itk import ItkTransform
 # transforms may stretch what is left; for single points, which cost little, nearer still.
 TOLERANCE_MM, LATTICE_MM, POINT_MM = 0.01, 1e-3, 1e-6
 ITERATIONS = 60
-# Points that are searched at a time by each thread.
-POINTS = 100_000
+# Points that are searched at a time by each thread, and threads at most: each takes some tens of MiB.
+POINTS, THREADS = 100_000, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def invert(
         error[rows].flat = np.linalg.norm(itk.apply(transforms, found) - points_mm, axis=1)
 
     to_fine = [_interpolation(*sizes) for sizes in zip(coarse_shape, shape, strict=True)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(cores(), THREADS)) as pool:
         list(pool.map(search_coarse, _slabs(coarse_shape)))
         list(pool.map(search, _slabs(shape)))
     reached = error <= TOLERANCE_MM

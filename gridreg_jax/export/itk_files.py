@@ -111,12 +111,10 @@ def read(path: str | Path) -> list[ItkTransform]:
 
 def _transforms_in(path: str | Path) -> list[ItkTransform]:
     """The transforms of a file as they are there; a displacement (NIfTI) as a field of vectors."""
-    name = str(path)
+    check_suffix(path, ".nii", ".nii.gz")
     for suffixes, reader in (((".tfm", ".txt"), read_tfm), ((".mat",), read_mat), ((".h5", ".hdf5"), read_h5)):
-        if name.endswith(suffixes):
+        if str(path).endswith(suffixes):
             return reader(path)
-    if not name.endswith((".nii", ".nii.gz")):
-        raise InputError(f"{path}: a transform ends in .tfm, .txt, .mat, .h5, .hdf5, .nii or .nii.gz")
     displacement_mm, affine = load_displacement(path)
     return [dense_field(displacement_mm, affine)]
 

@@ -1,7 +1,7 @@
 """Losses: every one minimises and returns one value a case, `[N]`."""
 
 from gridreg_jax.losses.overlap import (
-    FEW,
+    MOST_WARPED_LABELS,
     one_hot,
     segmentation_loss,
     soft_dice,
@@ -30,7 +30,7 @@ from gridreg_jax.losses.similarity import (
 SIMILARITIES = {"mse": mse, "lncc": lncc, "ncc": ncc, "nmi": nmi, "mind": mind, "ssim": ssim}
 
 __all__ = [
-    "FEW",
+    "MOST_WARPED_LABELS",
     "SIMILARITIES",
     "bending_energy",
     "bending_energy_of_map",

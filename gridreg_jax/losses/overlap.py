@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from gridreg_jax.transforms.warp import corners, identity_grid, warp
 
 # Up to so many labels a warp for each is quicker than sums by label (on CPU).
-FEW = 4
+MOST_WARPED_LABELS = 4
 
 
 def soft_dice(
@@ -23,8 +23,8 @@ def soft_dice(
     """One minus the mean Dice overlap, the moving labels warped linearly.
 
     The value is that of one-hot label maps warped trilinearly, `1 - mean over labels of 2 sum(f w) / (sum f + sum w)`.
-    A one-hot map is made for `FEW` labels only: memory does not grow with `num_labels`. The gradient reaches the
-    displacement through the trilinear weights.
+    One-hot maps are made of `MOST_WARPED_LABELS` labels at most: memory does not grow with `num_labels`. The gradient
+    reaches the displacement through the trilinear weights.
 
     Args:
       fixed_labels: compact ids; 0 is background, 1..num_labels are scored, any other id counts as background.
@@ -40,7 +40,7 @@ def soft_dice(
     Source: Yan et al., Medical Physics 2026, §3.3; the soft overlap is Milletari et al., 3DV 2016, with plain sums.
     """
     fixed, moving = (jnp.where((ids > 0) & (ids <= num_labels), ids, 0) for ids in (fixed_labels, moving_labels))
-    if num_labels <= FEW:
+    if num_labels <= MOST_WARPED_LABELS:
         maps = [warp(one[..., None], displacement)[..., 0] for one in one_hot(moving, num_labels)]
         return soft_dice_of_maps(fixed, maps, mask=mask)
     weights = jnp.ones(fixed.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)

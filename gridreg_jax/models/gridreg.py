@@ -9,8 +9,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from gridreg_jax.conv import local_norm
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.losses import normalised_residual
+from gridreg_jax.models.fields import check_fields
 from gridreg_jax.models.layers import (
     CrossAttention,
     FeatureMap,
@@ -174,19 +175,13 @@ class GridReg(nn.Module):
 
     def _check_fields(self) -> None:
         """Raise `InputError` for a field that no part below would name."""
-        for names, least in (
-            (("tokens",), 2),
-            (("levels", "width", "projection", "decoder", "heads", "iterations"), 1),
-            (("downsampled", "contrast_window", "segmenter", "bound"), 0),
-        ):
-            for name in names:
-                if getattr(self, name) < least:
-                    raise InputError(f"model.{name} is {getattr(self, name)}: give {least} or more")
+        check_fields(self, 2, "tokens")
+        check_fields(self, 1, "levels", "width", "projection", "decoder", "heads", "iterations")
+        check_fields(self, 0, "downsampled", "contrast_window", "segmenter", "labels", "bound")
         if self.contrast_window and self.contrast_window % 2 == 0:
             raise InputError(f"model.contrast_window is {self.contrast_window}: give an odd number of voxels, or 0")
-        for name, (one, other) in (("precision", ("float32", "bfloat16")), ("variance", ("observed", "predicted"))):
-            if getattr(self, name) not in (one, other):
-                raise InputError(f"model.{name} is {getattr(self, name)!r}: give {one!r} or {other!r}")
+        check_known("model.precision", self.precision, ("float32", "bfloat16"))
+        check_known("model.variance", self.variance, ("observed", "predicted"))
         if len(set(self.skips)) < len(self.skips) or not all(0 <= level < self.levels for level in self.skips):
             raise InputError(f"model.skips is {self.skips}: give levels from 0 to {self.levels - 1}, each once")
 

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from gridreg_jax.errors import InputError, check_known
+from gridreg_jax.models.fields import check_fields
 from gridreg_jax.models.layers import Conv3D, instance_norm
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.transforms.affine import affine_displacement, fit_affine, fit_rigid
@@ -107,8 +108,7 @@ class KeyMorph(nn.Module):
             check_known(f"model.{name}", getattr(self, name), known)
         if self.keypoints < 4:
             raise InputError(f"model.keypoints is {self.keypoints}: a map in three dimensions needs 4 or more")
-        if self.smoothing < 0:
-            raise InputError(f"model.smoothing is {self.smoothing}: give 0 or more")
+        check_fields(self, 0, "smoothing")
 
 
 class HeatMaps(nn.Module):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from gridreg_jax.conv import conv3d
 from gridreg_jax.errors import InputError
+from gridreg_jax.models.fields import check_fields
 from gridreg_jax.models.layers import Conv3D, crop
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.transforms.pyramid import double, halve
@@ -61,8 +62,7 @@ class LightCRCF(nn.Module):
         Raises:
           InputError: no stages, or widths that make no U-Net.
         """
-        if self.stages < 1:
-            raise InputError(f"model.stages is {self.stages}: give 1 or more")
+        check_fields(self, 1, "stages", "encoder", "decoder")
         if len(self.encoder) != len(self.decoder) + 1:
             raise InputError(
                 f"model.encoder has {len(self.encoder)} levels and model.decoder {len(self.decoder)}: "

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Float64, Int, Shaped
 
 from gridreg_jax.errors import InputError, check_known
+from gridreg_jax.models.fields import check_fields
 from gridreg_jax.models.layers import Conv3D, crop, flow_of_half, instance_norm, pad_to_multiple
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.transforms.interpolation import contract, interpolate
@@ -117,6 +118,13 @@ class TransMorph(nn.Module):
         check_known("model.output", self.output, OUTPUTS)
         if len(self.depths) != len(self.heads):
             raise InputError(f"model.depths has {len(self.depths)} levels and model.heads {len(self.heads)}")
+        if not self.depths:
+            raise InputError("model.depths is empty: give one level or more")
+        if len(self.window) != 3:
+            raise InputError(f"model.window is {self.window}: give the patches along three axes")
+        check_fields(self, 1, "embed", "depths", "heads", "window", "spacing")
+        check_fields(self, 0, "passes")
+        check_fields(self, 0, "drop_path", "dropout", most=1)
         if self.embed % 2:
             raise InputError(f"model.embed is {self.embed}: give an even number")
         for level, heads in enumerate(self.heads):

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from gridreg_jax.errors import InputError
+from gridreg_jax.models.fields import check_fields
 from gridreg_jax.models.layers import Conv3D, crop, flow_of_half, pad_to_multiple
 from gridreg_jax.models.prediction import Prediction
 from gridreg_jax.transforms.interpolation import interpolate
@@ -66,8 +67,8 @@ class VoxelMorph(nn.Module):
         """
         if len(self.decoder) != len(self.encoder) + 1:
             raise InputError(f"model.decoder must have a resolution more than the {len(self.encoder)} of model.encoder")
-        if self.steps < 0:
-            raise InputError(f"model.steps is {self.steps}: give 0 or more")
+        check_fields(self, 1, "encoder", "decoder")
+        check_fields(self, 0, "steps")
         for name in ("bidirectional", "probabilistic"):
             if getattr(self, name) and not self.steps:
                 raise InputError(f"model.{name} needs a velocity, which model.steps=0 does without")

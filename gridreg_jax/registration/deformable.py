@@ -229,15 +229,19 @@ def load(
     method: str = "grid",
     from_start: bool = False,
     labels: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> None:
     """Has the programs ready that `deform` will run: for another thread, while the affine start is sought.
 
     Args:
       from_start: whether `deform` will have a `start`.
       labels: how many maps of labels it will have of each image.
+      stopped: whether nobody wants them any more; asked before each stage's.
     """
     cells = last_cells(fixed, preset, grid)
     for stage in preset.stages:
+        if stopped():
+            return
         lattice = _lattice_shape(fixed, stage.coarsening)
         control_grid = jax.ShapeDtypeStruct((1, *_grid_size(cells, stage), 3), np.float32)
         image, wide = (
@@ -395,7 +399,7 @@ def _fitted(displacement: Float[np.ndarray, "X Y Z 3"], grid_size) -> Float[np.n
 
 
 def _smoothed(control_grid, cells) -> Float[np.ndarray, "gx gy gz 3"]:
-    """Means of 27 neighbours in place of the control points on which some cells depend."""
+    """The control points on which some cells depend go half-way to the mean of 27, their neighbours and themselves."""
     near = np.zeros(control_grid.shape[:3], bool)
     for i, j, k in cells:
         near[i : i + 4, j : j + 4, k : k + 4] = True

@@ -1,8 +1,11 @@
 """Register two images of any size, spacing and orientation: one call, and a result that warps, maps and saves."""
 
+import contextlib
 import dataclasses
 import functools
+import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -269,11 +272,14 @@ def register(
     from_network = trained is not None or method == "ncf"
     if from_network:
         stages = deformable.refining(stages, refine or 0)
-    begun = time.monotonic()
-    with ThreadPoolExecutor(1) as pool:
+    begun, stop = time.monotonic(), threading.Event()
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as ending:
+        ending.callback(stop.set)  # An error does not wait for programs that nobody will run.
         # The next part's programs are brought while this one runs.
         expected = dict(from_start=from_network, labels=getattr(trained.model, "labels", 0) if trained else 0)
-        loading = pool.submit(deformable.load, fixed_working, preset=stages, **expected, **options)
+        loading = pool.submit(
+            deformable.load, fixed_working, preset=stages, stopped=stop.is_set, **expected, **options
+        )
         if trained is not None:
             start = _start_by_network(trained, model, fixed, moving, fixed_working)
         else:
@@ -320,7 +326,7 @@ def register(
 def _trained(model: str | Path):
     from gridreg_jax.training.trained import load_trained
 
-    return load_trained(model, notify=lambda line: None)
+    return load_trained(model, notify=warnings.warn)
 
 
 def _start_by_affine(fixed: Volume, moving: Volume, mask: Volume | None, affine, given) -> Start:
@@ -384,13 +390,9 @@ def given_affine(affine: str | Path | Num[np.ndarray, "_ _"]) -> Float[np.ndarra
     if affine == "off":
         return np.eye(4)
     transforms = itk_files.read(affine)
-    if not all(transform.type.startswith(("Affine", "MatrixOffset")) for transform in transforms):
+    if any(transform.type != itk.AFFINE for transform in transforms):
         raise InputError(f"{affine}: holds more than an affine transform")
-    # Four points tell an affine map.
-    points = itk.apply(transforms, np.vstack([np.zeros(3), np.eye(3)]))
-    matrix = np.eye(4)
-    matrix[:3, :3], matrix[:3, 3] = (points[1:] - points[0]).T, points[0]
-    return matrix
+    return itk.affine_matrix(transforms)
 
 
 def pull(

@@ -89,6 +89,11 @@ def save(
             itk_files.save_displacement(folder / f"{name}.nii.gz", *nifti.as_stored(rounded, like))
 
         warped = registration.on_fixed(moving)
+        # What several threads read is computed before they start.
+        _ = registration.working_displacement
+        if learn2reg:
+            field = registration.learn2reg_displacement
+            jobs.append(pool.submit(nifti.save, folder / "learn2reg_displacement.nii.gz", field, np.eye(4)))
         jobs.append(pool.submit(write_displacement, "inverse_displacement", moving))
         jobs.append(pool.submit(write_displacement, "displacement", fixed))
         write("warped.nii.gz", warped)
@@ -97,9 +102,6 @@ def save(
             write(name, warped)
             if volume is moving_labels and fixed_labels is not None:
                 metrics["dice"] = _overlaps(registration, fixed_labels.array, moving_labels, warped)
-        if learn2reg:
-            field = registration.learn2reg_displacement
-            jobs.append(pool.submit(nifti.save, folder / "learn2reg_displacement.nii.gz", field, np.eye(4)))
         if registration.sigma_mm is not None:
             sigma_mm = dataclasses.replace(registration.fixed_working, array=registration.sigma_mm)
             write("sigma.nii.gz", resample(sigma_mm, fixed.affine, fixed.array.shape))

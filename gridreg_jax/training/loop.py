@@ -20,19 +20,11 @@ from gridreg_jax import losses
 from gridreg_jax.data.pipeline import Dataset, batches, open_dataset
 from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.measure import GridSize, candidates, check_fits, make_predict, measure, score, summarise
+from gridreg_jax.memory import bytes_held, bytes_needed, check_memory
 from gridreg_jax.models import build, describe, has_control_grid
 from gridreg_jax.rng import generator
 from gridreg_jax.training.checkpoint import Checkpoints
-from gridreg_jax.training.step import (
-    TrainStep,
-    build_run,
-    bytes_needed,
-    check_memory,
-    compile_steps,
-    make_train_step,
-    shard,
-    sharing,
-)
+from gridreg_jax.training.step import TrainStep, build_run, compile_steps, make_train_step, shard, sharing
 from gridreg_jax.training.trained import load_trained
 from gridreg_jax.training.writers import MetricsWriter, SilentWriter
 from gridreg_jax.transforms.interpolation import check_grid_size
@@ -137,14 +129,12 @@ def fit(config: ConfigDict, workdir: str | Path) -> bool:
                     _record(writer, progress, *pending)
                     pending = None
                     _check_finite(step, state)
-                if validates:
-                    chosen = validate(predict, state.params, dataset, config["grid_sizes"])
-                    writer.write(step, "val", chosen)
-                    notify(_validation_line(step, chosen))
-                    _save(checkpoints, step, state, config, chosen, scored=True)
+                    if validates:
+                        chosen = validate(predict, state.params, dataset, config["grid_sizes"])
+                        writer.write(step, "val", chosen)
+                        notify(_validation_line(step, chosen))
+                    _save(checkpoints, step, state, config, chosen, scored=validates)
                     began = time.perf_counter()
-                elif step % config["checkpoint_every"] == 0:
-                    _save(checkpoints, step, state, config, chosen, scored=False)
             if pending:
                 _record(writer, progress, *pending)
         if spent:
@@ -275,7 +265,7 @@ def _compile(
     notify("compiling" + (f" for grid sizes {', '.join(str(size[0]) for size in sizes)}" if grid_sizes else ""))
     pair = dataset.arrays(dataset.pairs["val"][:1], known=True)
     predicting = bytes_needed(predict.lower(_on_one_device(state.params), pair, sizes[-1]).compile())
-    check_memory(predicting, "a prediction", sizes[-1])
+    check_memory(predicting, "a prediction", sizes[-1], held=bytes_held(state.params))
     steps, needed = compile_steps(train_step, state, batch, sizes)
     memory = f"; a step needs {needed / 2**20:.0f} MiB a device, a prediction {predicting / 2**20:.0f}"
     notify(f"compiled in {time.perf_counter() - began:.0f} s{memory if needed else ''}")

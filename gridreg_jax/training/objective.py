@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from gridreg_jax.errors import InputError
 from gridreg_jax.losses import (
-    FEW,
+    MOST_WARPED_LABELS,
     SIMILARITIES,
     bending_energy_of_map,
     diffusion_energy,
@@ -85,7 +85,7 @@ def objective(
     """
     fixed, moving = batch["fixed"], batch["moving"]
     # What the mean map warps is warped at once.
-    maps = one_hot(batch["moving_labels"], num_labels) if dice and num_labels <= FEW else []
+    maps = one_hot(batch["moving_labels"], num_labels) if dice and num_labels <= MOST_WARPED_LABELS else []
     warped, *warped_maps = _warp(prediction, [moving[..., 0], *maps], interpolator)
     drawn, alike = [prediction], [(fixed, warped[..., None])]
     if prediction.log_variance is not None:
@@ -98,7 +98,7 @@ def objective(
         terms["image"] = _mean(SIMILARITIES[similarity](*pair) for pair in alike)
     if grid and prediction.control_displacement is not None:
         terms["grid"] = _mean(_grid_similarity(one, fixed, moving, interpolator, grid_similarity) for one in drawn)
-    if dice and num_labels <= FEW:
+    if warped_maps:
         terms["dice"] = soft_dice_of_maps(batch["fixed_labels"], warped_maps)
     elif dice:
         labels = batch["fixed_labels"], batch["moving_labels"]
@@ -125,7 +125,7 @@ def objective(
     if segmentation and prediction.segmentation is not None:
         sides = zip(prediction.segmentation, ("fixed_labels", "moving_labels"), strict=True)
         terms["segmentation"] = _mean(segmentation_loss(logits, batch[name]) for logits, name in sides)
-    if prediction.log_variance is not None:
+    if uncertainty and prediction.log_variance is not None:
         weighted = uncertainty_weighted_mse(fixed, warped[..., None], prediction.variance, penalty=penalty)
         terms["uncertainty"] = weighted
     weights = dict(image=image, grid=grid, dice=dice, bending=bending, folding=folding, elastic=1.0)

@@ -5,6 +5,9 @@ import optax
 
 from gridreg_jax.errors import check_known
 
+# What the models call the layers that give their answer.
+HEADS = {"head", "variance_head", "flow", "log_variance"}
+
 
 def muon(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """Momentum whose matrices are made orthogonal: every direction of a kernel learns at one pace, however noisy.
@@ -24,7 +27,7 @@ def _matrices(params):
 
     def of(path, leaf):
         names = [entry.key for entry in path]
-        if names[-1] != "kernel" or "head" in names:
+        if names[-1] != "kernel" or HEADS.intersection(names):
             return None
         last = leaf.ndim - 1
         # Of a scan, which has a kernel for each of its steps, every one is a matrix by itself.

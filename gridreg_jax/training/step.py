@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import psutil
 from flax import linen as nn
 from flax import struct
 from flax.core import freeze
@@ -20,7 +19,7 @@ from gridreg_jax.augment import augment, foreground_points
 from gridreg_jax.errors import InputError
 from gridreg_jax.losses import SIMILARITIES
 from gridreg_jax.measure import GridSize, candidates
-from gridreg_jax.memory import left_to_group, return_freed_memory
+from gridreg_jax.memory import bytes_held, bytes_needed, check_memory, return_freed_memory
 from gridreg_jax.models import Prediction, build
 from gridreg_jax.models.layers import CONVOLUTION
 from gridreg_jax.programs import compiler_options, stored
@@ -259,12 +258,12 @@ def compile_steps(
     """
     options, changed = compiler_options(), batch
     # What a step keeps beside what the gradient's program needs: the optimiser's state, and the batch as it was.
-    beside = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    beside = bytes_held(state.opt_state)
     change = None
     if step.change:
         change = step.change.lower(state.step, batch).compile(options)
         changed = change(state.step, batch)
-        beside += sum(array.nbytes // len(array) for array in batch.values())
+        beside += bytes_held(batch)
     # Compiled one after the other, since XLA uses all cores for one program, and takes more than a gigabyte while it
     # does; but traced meanwhile, which is Python.
     with ThreadPoolExecutor(max_workers=1) as compiler:
@@ -285,39 +284,5 @@ def compile_steps(
     needs = {grid_size: bytes_needed(gradient) for grid_size, gradient in gradients.items()}
     largest = max(needs, key=needs.get)
     needed = needs[largest] and beside + needs[largest]
-    check_memory(needed, "a step", largest, "batch_size")
+    check_memory(needed, "a step", largest, "batch_size", held=bytes_held((state, batch)))
     return {grid_size: TrainStep(change, gradient, update) for grid_size, gradient in gradients.items()}, needed
-
-
-def check_memory(needed: int, what: str, grid_size: GridSize, *smaller: str) -> None:
-    """Raise `InputError` where `what` needs more bytes than a device has left."""
-    available = memory_available()
-    if available is not None and needed > available:
-        at = f" at grid size {grid_size[0]}" if grid_size else ""
-        smaller = " or ".join([*smaller, "data.shape", *(["grid size"] if grid_size else [])])
-        raise InputError(
-            f"{what}{at} needs {needed / 2**30:.1f} GiB a device, and {available / 2**30:.1f} GiB are free: "
-            f"a smaller {smaller} would need less"
-        )
-
-
-def bytes_needed(program) -> int:
-    """Peak memory of a program: arguments, temporaries, and outputs that do not take the place of arguments."""
-    sizes = program.memory_analysis()
-    if sizes is None:  # not every backend tells
-        return 0
-    return (
-        sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    )
-
-
-def memory_available() -> int | None:
-    """Bytes that a device may still take; None where the platform does not tell. On the CPU, what is free (and, in a
-    container or a job of a cluster, still granted) divided by the devices."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    if device.platform == "cpu":
-        return min(psutil.virtual_memory().available, left_to_group()) // jax.local_device_count()
-    return None

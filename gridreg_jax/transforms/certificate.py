@@ -35,7 +35,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.transforms.interpolation import bspline_weights, check_grid_size, control_positions
 
 # Choi and Lee's constant in three dimensions, 2.479472335, rounded up.
@@ -106,8 +106,7 @@ def certify(
       InputError: another method, too few control points, an axis of a single voxel, another shape of the control grid,
         or values that are not finite.
     """
-    if method not in DEGREES:
-        raise InputError(f"certify knows {' and '.join(DEGREES)}, not {method!r}")
+    check_known("certify's method", method, DEGREES)
     if control_grid.ndim != 4 or control_grid.shape[3] != 3:
         raise InputError(f"certify needs one control grid of shape (gx, gy, gz, 3), not {control_grid.shape}")
     check_grid_size(control_grid.shape[:3], method)

@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import tempfile
 
 import nibabel as nib
 import numpy as np
@@ -12,7 +13,8 @@ from scipy import ndimage
 from configs import brain
 from gridreg_jax import geometry
 from gridreg_jax.baselines import SYSTEMS, ants, network
-from gridreg_jax.baselines.program import Program, displacement_in_voxels, threads
+from gridreg_jax.baselines.program import Program, displacement_in_voxels
+from gridreg_jax.cores import cores
 from gridreg_jax.data import nifti
 from gridreg_jax.errors import InputError
 from gridreg_jax.evaluation.evaluate import evaluate_system
@@ -86,7 +88,7 @@ def test_a_registration_is_done_once(tmp_path, monkeypatch):
     known(moving, fixed, affine, **options)
     known(fixed, moving, np.eye(4), **options)
     Program(known.register, "slow", package="numpy", extra="none")(fixed, moving, affine, **options)
-    monkeypatch.setattr("gridreg_jax.baselines.program.threads", lambda: 1 + threads())
+    monkeypatch.setattr("gridreg_jax.baselines.program.cores", lambda: 1 + cores())
     known(fixed, moving, affine, **options)
     monkeypatch.setattr(Program, "version", lambda self: "0")
     known(fixed, moving, affine, **options)
@@ -146,7 +148,7 @@ def test_a_system_is_evaluated_like_a_run(subjects_csv, tmp_path, capsys, monkey
     config.data.update(shape=(16, 20, 16), spacing=(1.0, 1.0, 1.0), center="image", subjects=str(subjects_csv))
     config.lock()  # as on the command line
     summary = evaluate_system("ncf", config, out=tmp_path)
-    assert (summary["system"], summary["threads"], summary["cases"]) == ("ncf", threads(), 2)
+    assert (summary["system"], summary["threads"], summary["cases"]) == ("ncf", cores(), 2)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     with open(tmp_path / "cases.csv", newline="") as file:
         rows = [*csv.DictReader(file)]
@@ -156,4 +158,13 @@ def test_a_system_is_evaluated_like_a_run(subjects_csv, tmp_path, capsys, monkey
     assert rows[0].keys() > learn2reg | {"lumir_ndv_percent"}
     assert all(float(row["mse_after"]) < float(row["mse_before"]) for row in rows)
     assert {path.name for path in tmp_path.glob("*.png")} == {"case00.png", "case01.png"}
-    assert f"2 cases, ncf with {threads()} threads" in capsys.readouterr().out
+    assert f"2 cases, ncf with {cores()} threads" in capsys.readouterr().out
+
+
+def test_greedy_works_in_a_folder_whose_name_has_a_space(tmp_path, monkeypatch):
+    pytest.importorskip("picsl_greedy")
+    (tmp_path / "a space").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a space"))
+    options = dict(seed=0, cache_dir=tmp_path)
+    displacement, _ = SYSTEMS["greedy"](blobs([1.0, 0.0, 0.0]), blobs(), oblique_affine(), **options)
+    assert displacement.shape == (*SHAPE, 3)

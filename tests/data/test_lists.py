@@ -71,7 +71,7 @@ def test_absolute_paths_and_a_byte_order_mark_are_fine(folder):
         ("picture\na.nii\n", r"column 'image' is missing \(needed: image; found: picture\)$"),
         ("imgae,labels\na.nii,\n", "column 'image' is missing .*should 'imgae' be 'image'"),
         ("image,label\na.nii,a_labels.nii\n", "column 'label' is not known; should it be 'labels'"),
-        ("image,split\na.nii,train\nb.nii,validation\n", "row 3: split 'validation' is none of train, val, test"),
+        ("image,split\na.nii,train\nb.nii,validation\n", "row 3: split: 'validation' is not known; known are"),
         ("image,labels\na.nii,\n,b_labels.nii\n", "row 3: the cell of column 'image' is empty"),
         ("image\na.nii\nnone.nii\n", "row 3: image: no such file: .*none.nii$"),
         ("image,labels\na.nii,x.nii\nb.nii,y.nii\nz.nii,\n", r"row 2: labels: .*x.nii \(and 2 more missing files\)"),

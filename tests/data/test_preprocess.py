@@ -204,7 +204,7 @@ def test_the_mass_of_a_body_comes_to_the_middle_whatever_the_field_of_view(shape
         (((0, 4, 4), (1.0, 1.0, 1.0)), "shape"),
         (((4, 4, 4), (1.0, -1.0, 1.0)), "spacing"),
         (((4, 4, 4), (1.0, float("nan"), 1.0)), "spacing"),
-        (((4, 4, 4), (1.0, 1.0, 1.0), "middle"), "center must be one of mass, image, not 'middle'"),
+        (((4, 4, 4), (1.0, 1.0, 1.0), "middle"), "center: 'middle' is not known; known are mass, image"),
     ],
 )
 def test_a_lattice_that_cannot_be_is_refused(fields, message):

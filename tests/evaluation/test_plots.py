@@ -80,3 +80,26 @@ def test_curves_show_training_and_validation(tmp_path):
         pictures.append(read(tmp_path / f"{number}.png"))
     half = pictures[0].shape[1] // 2
     assert (pictures[0] != pictures[1])[:, half:].any() and (pictures[0] != pictures[2])[:, :half].any()
+
+
+def test_curves_of_a_run_that_was_resumed_with_other_terms_and_grid_sizes(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    train = [dict(step=s, kind="train", loss=-2 / s, grid_size=5, seconds=0.1) for s in range(1, 5)]
+    train = [line | ({"image": 1.0} if line["step"] < 3 else {"kl": 0.5}) for line in train]
+    scores = {2: {"5": 0.5, "8": 0.6}, 4: {"8": 0.7, "10": 0.8}}
+    val = [dict(step=step, kind="val", scores=found) for step, found in scores.items()]
+    plots.loss_curves(tmp_path / "loss.png", train + val)
+    plots.loss_curves(tmp_path / "loss.png", lines())
+    (left, right), (positive, _) = (figure.axes for figure in figures)
+    # Smoothed, each with a name, and as it was.
+    drawn = {line.get_label(): line.get_ydata() for line in left.lines[::2]}
+    nan = np.nan
+    expected = {"loss": [-2, -1, -2 / 3, -0.5], "image": [1, 1, nan, nan], "kl": [nan, nan, 0.5, 0.5]}
+    for name, values in expected.items():
+        np.testing.assert_allclose(drawn[name], values)
+    scores = {line.get_label(): line.get_ydata() for line in right.lines}
+    np.testing.assert_allclose(scores["grid 5"], [0.5, nan])
+    np.testing.assert_allclose(scores["grid 10"], [nan, 0.8])
+    # A logarithmic axis would not show what is negative.
+    assert (left.get_yscale(), positive.get_yscale()) == ("symlog", "log")

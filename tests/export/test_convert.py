@@ -261,3 +261,12 @@ def test_of_a_reference_only_the_lattice_counts(tmp_path, array):
         assert expected.get_fdata().std() > 0.2
         np.testing.assert_array_equal(found.get_fdata(), expected.get_fdata())
         np.testing.assert_allclose(found.affine, affine, atol=1e-5)
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(3, 3), (100, 8)])
+def test_an_inverse_is_sought_by_the_cores_there_are_but_not_by_very_many(monkeypatch, cores, threads):
+    asked, pool = [], inverse.ThreadPoolExecutor
+    monkeypatch.setattr(inverse, "cores", lambda: cores)
+    monkeypatch.setattr(inverse, "ThreadPoolExecutor", lambda count: asked.append(count) or pool(count))
+    inverse.invert([spline(np.eye(4))], (3, 4, 2), np.eye(4))
+    assert asked == [threads]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from gridreg_jax.losses import FEW, segmentation_loss, soft_dice, soft_dice_of_probabilities
+from gridreg_jax.losses import MOST_WARPED_LABELS, segmentation_loss, soft_dice, soft_dice_of_probabilities
 
 NUM_LABELS = 4
 
@@ -45,7 +45,7 @@ def test_the_gradient_of_many_labels_is_that_of_few_on_the_border_too(shift):
         loss = lambda u: soft_dice(*arrays, u, num_labels=num_labels)[0]  # noqa: E731
         return jax.grad(loss)(jnp.full((1, *displacement.shape), shift, jnp.float32))
 
-    assert NUM_LABELS == FEW
+    assert NUM_LABELS == MOST_WARPED_LABELS
     few, many = slope(NUM_LABELS), slope(NUM_LABELS + 1)
     assert np.abs(few[:, 0]).max() > 0
     np.testing.assert_allclose(many, few, atol=1e-6)

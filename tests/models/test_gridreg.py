@@ -393,7 +393,7 @@ def test_a_predicted_variance_starts_alike_everywhere_and_follows_the_features()
     # One of the features: not at all, once and twice.
     assert not found.log_variance[..., 0].any() and found.log_variance[..., 1].std() > 1e-3
     np.testing.assert_allclose(found.log_variance[..., 2], 2 * found.log_variance[..., 1], rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match="model.variance is 'guessed': give 'observed' or 'predicted'"):
+    with pytest.raises(InputError, match="model.variance: 'guessed' is not known; known are observed, predicted"):
         build("gridreg", **TINY, variance="guessed").apply(params, *images(), grid_size=(5, 4, 6))
 
 

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from gridreg_jax import geometry
 from gridreg_jax.data.nifti import Volume, corner_to_corner
 from gridreg_jax.errors import InputError
-from gridreg_jax.registration.affine import align, check_overlap
+from gridreg_jax.registration.affine import _matrix, align, check_overlap
 
 SHAPES = (40, 44, 34), (36, 34, 40)
 
@@ -89,3 +90,8 @@ def test_a_lattice_from_corner_to_corner(phantom, lattice, turn):
         ours = geometry.voxel_to_world(np.array(index) * [10, 4, 33], affine)
         theirs = geometry.voxel_to_world(np.array(index) * np.subtract(fixed.array.shape, 1), fixed.affine)
         np.testing.assert_allclose(ours, theirs, atol=1e-9)
+
+
+def test_the_matrix_is_as_exact_where_products_are_rounded():
+    text = jax.jit(_matrix).lower(np.ones(12, np.float32)).as_text()
+    assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") == 2

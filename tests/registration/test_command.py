@@ -1,6 +1,9 @@
 """What `gridreg register` says before and while it registers; tests/test_cli.py has the rest."""
 
 import sys
+import threading
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import tqdm
 
 from gridreg_jax.cli import main
 from gridreg_jax.errors import InputError
-from gridreg_jax.registration import register
+from gridreg_jax.registration import deformable, register
 from gridreg_jax.registration.deformable import StageResult
 
 SHAPE = (6, 7, 8)
@@ -93,3 +96,25 @@ def test_the_bar_ends_where_fewer_stages_run_than_the_preset_has(files, capsys, 
     monkeypatch.setattr(MODULE, "register", register)
     refused(capsys, "--fixed", "fixed.nii.gz", "--moving", "moving.nii.gz", "--out", "new", "--preset", "accurate")
     assert seen == [(1, 2), (2, 2)]
+
+
+def test_an_error_does_not_wait_for_the_programs_of_all_stages(monkeypatch):
+    loading, failing, loaded = threading.Event(), threading.Event(), []
+
+    def load(*_, **__):
+        loaded.append(True)
+        loading.set()
+        failing.wait(20)
+        time.sleep(0.5)
+
+    def check_overlap(*_):
+        loading.wait(20)
+        failing.set()
+        raise InputError("far apart")
+
+    monkeypatch.setattr(deformable, "_fit", SimpleNamespace(load=load))
+    monkeypatch.setattr(MODULE.affine_start, "check_overlap", check_overlap)
+    image = np.random.default_rng(0).uniform(size=(20, 20, 20)).astype(np.float32), np.eye(4)
+    with pytest.raises(InputError, match="far apart"):
+        register(image, image, affine="off")
+    assert len(loaded) == 1

@@ -199,3 +199,13 @@ def test_programs_with_code_from_elsewhere_are_not_stored(pair, program_cache, m
     expected = propose(known(), *pair, pair[0]).displacement
     assert len(list((program_cache / "programs").iterdir())) == 1
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_damaged_checkpoint_of_the_network_is_told(pair, monkeypatch):
+    def load_trained(workdir, notify):
+        notify("checkpoint 3 is damaged and passed over")
+        raise InputError("and no other one is there")
+
+    monkeypatch.setattr(trained, "load_trained", load_trained)
+    with pytest.warns(UserWarning, match="3 is damaged"), pytest.raises(InputError, match="no other one"):
+        call(*pair, model="run")

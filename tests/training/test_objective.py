@@ -186,3 +186,9 @@ def test_energies_of_a_cubic_spline_are_those_of_its_affine_part():
     np.testing.assert_allclose(total, 2 * terms["gradient"] + terms["elastic"], rtol=1e-5)
     with pytest.raises(InputError, match="loss.elastic is .*, but the map is no cubic spline"):
         objective(prediction, batch, **options | dict(interpolator="trilinear"), elastic=(1.0, 0.0))
+
+
+def test_an_uncertainty_of_weight_zero_is_not_computed():
+    batch, control_grid = random_case()
+    prediction = predict(control_grid, jnp.zeros_like(control_grid))
+    assert objective(prediction, batch, **PLAIN, bending=0.0, keys=keys())[1].keys() == {"image", "grid"}

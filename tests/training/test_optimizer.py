@@ -1,12 +1,15 @@
 """Optimisers: the schedules of their learning rates, and what they do to matrices."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from gridreg_jax.errors import InputError
-from gridreg_jax.training.optimizer import build_optimizer
+from gridreg_jax.models import build
+from gridreg_jax.training.optimizer import _matrices, build_optimizer
 
 
 def rates(steps, **options):
@@ -68,3 +71,22 @@ def test_muon_moves_all_directions_of_a_kernel_alike_and_leaves_the_rest_to_adam
 def test_an_unknown_optimizer_is_named():
     with pytest.raises(InputError, match="'adm' is not known; known are adam, adamax, amsgrad, muon, sgd"):
         build_optimizer(name="adm", steps=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "heads"),
+    [
+        ("gridreg", dict(segmenter=4, labels=1), ["head", "segmenter/head"]),
+        ("gridreg", dict(bayesian=True, variance="predicted"), ["head", "variance_head"]),
+        ("voxelmorph", dict(probabilistic=True), ["flow", "log_variance"]),
+        ("transmorph", dict(output="diffeomorphic"), ["flow", "log_variance"]),
+        ("lightcrcf", dict(fused=True, stages=1), ["unet0/flow"]),
+    ],
+)
+def test_muon_makes_every_kernel_orthogonal_but_the_heads(name, fields, heads):
+    image = np.zeros((1, 16, 16, 16, 1), np.float32)
+    params = jax.eval_shape(build(name, **fields).init, jax.random.key(0), image, image)["params"]
+    numbers = flatten_dict(_matrices(params), sep="/")
+    kernels = {path.removesuffix("/kernel"): found for path, found in numbers.items() if path.endswith("/kernel")}
+    assert sorted(layer for layer, found in kernels.items() if found is None) == heads
+    assert not any(found for path, found in numbers.items() if not path.endswith("/kernel"))

@@ -48,11 +48,9 @@ def params(workdir):
 
 @pytest.fixture
 def port():
-    """A port that no other program is given: it stays bound, and only who asks to share it, as JAX does, gets it."""
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(("127.0.0.1", 0))
-        yield held.getsockname()[1]
+    """A port that no program has."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 @pytest.mark.skipif(jax.local_device_count() != 2, reason="the run that they must equal has two devices")
@@ -105,3 +103,25 @@ def test_systems_are_compared_by_one_process():
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     message = "error: several systems are compared by one process: leave out --coordinator\n"
     assert (done.returncode, done.stderr) == (2, message)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6, which JAX listens on")
+def test_a_port_that_another_coordinator_would_share_is_named(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *options: pytest.fail("joined"))
+    options = dict(family=socket.AF_INET6, dualstack_ipv6=True, reuse_port=hasattr(socket, "SO_REUSEPORT"))
+    with socket.create_server(("", 0), **options) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(InputError, match="that port cannot be used here .*in use"):
+            join_processes(address, 2, 0)
+
+
+def test_a_port_whose_last_connection_has_just_ended_is_used(monkeypatch):
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *options: joined.append(options))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = other.getsockname()
+        client = socket.create_connection(address)
+        other.accept()[0].close()  # the side that closes first keeps the port for a while
+        client.close()
+    join_processes(f"127.0.0.1:{address[1]}", 2, 0)
+    assert joined == [(f"127.0.0.1:{address[1]}", 2, 0)]

@@ -1,16 +1,15 @@
 """The training step: several devices do what one does, and the state is consumed."""
 
-import math
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gridreg_jax import memory
 from gridreg_jax.errors import InputError
 from gridreg_jax.losses import SIMILARITIES
 from gridreg_jax.programs import compiler_options, stored
@@ -244,28 +243,10 @@ def test_steps_are_scheduled_for_memory():
     assert temporaries[0] < 0.8 * temporaries[1]
 
 
-@pytest.mark.parametrize(
-    ("platform", "stats", "free", "granted", "expected"),
-    [
-        ("cpu", None, 1000, 900, 300),
-        ("cpu", None, 900, math.inf, 300),
-        ("gpu", dict(bytes_limit=800, bytes_in_use=300), 900, 900, 500),
-        ("gpu", None, 900, 900, None),
-    ],
-)
-def test_three_devices_share_what_the_cpu_has_left(platform, stats, free, granted, expected, monkeypatch):
-    device = SimpleNamespace(platform=platform, memory_stats=lambda: stats)
-    monkeypatch.setattr(jax, "local_devices", lambda: [device] * 3)
-    monkeypatch.setattr(jax, "local_device_count", lambda: 3)
-    monkeypatch.setattr(training.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    monkeypatch.setattr(training, "left_to_group", lambda: granted)
-    assert training.memory_available() == expected
-
-
 def test_a_step_that_would_not_fit_is_refused_before_it_runs(monkeypatch):
     run = training.build_run(CONFIG)
     step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation=AUGMENTATION)
-    monkeypatch.setattr(training, "memory_available", lambda: 0)
+    monkeypatch.setattr(memory, "memory_available", lambda: 0)
     with pytest.raises(InputError, match="a step at grid size 4 needs .* and 0.0 GiB are free: a smaller"):
         training.compile_steps(step, run.init_state(), training.shard(batch()), [GRID])
 

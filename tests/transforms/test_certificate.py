@@ -333,7 +333,7 @@ def test_what_is_printed_is_rounded_down():
 @pytest.mark.parametrize(
     ("grid_shape", "shape", "method", "message"),
     [
-        ((5, 5, 5, 3), (9, 9, 9), "gaussian", "bspline and trilinear"),
+        ((5, 5, 5, 3), (9, 9, 9), "gaussian", "known are bspline, trilinear"),
         ((5, 3, 5, 3), (9, 9, 9), "bspline", "at least 4"),
         ((5, 5, 5, 3), (9, 1, 9), "bspline", "2 voxels"),
     ],
