@@ -47,12 +47,12 @@ def test_a_variant_builds_and_has_every_option(name, variant):
     check_config(config)
     run = build_run(config)
     image = jax.ShapeDtypeStruct((1, *run.shape, 1), jnp.float32)
-    params = run.state_shapes(run.replicated).params
 
-    def predict(params, fixed, moving):
-        return run.model.apply(params, fixed, moving, grid_size=run.grid_size).displacement
+    def begin(fixed, moving):
+        prediction, params = run.model.init_with_output(jax.random.key(0), fixed, moving, grid_size=run.grid_size)
+        return prediction.displacement, run.optimizer.init(params)
 
-    assert jax.eval_shape(predict, params, image, image).shape == (1, *run.shape, 3)
+    assert jax.eval_shape(begin, image, image)[0].shape == (1, *run.shape, 3)
 
 
 @pytest.mark.parametrize("name", ["brain", "prostate", "pelvis"])

@@ -33,16 +33,23 @@ from gridreg_jax.training.writers import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60
+# Small to compile: what the network's other parts do is shown where they are tested.
 TINY = {
-    "model.levels": 4,
+    "model.levels": 3,
+    "model.skips": (1,),
     "model.width": 4,
+    "model.window": 1,
+    "model.iterations": 1,
+    "model.contrast_window": 0,
     "data.shape": (16, 20, 16),
     "data.spacing": (1.0, 1.0, 1.0),
     "data.center": "image",
     "data.evaluation_pairs": (1, 2),
+    "loss.similarity": "mse",
     "loss.dice": 0.5,
     "augmentation.affine": 0.02,
     "augmentation.noise": 0.01,
+    "optimizer.name": "adam",
     "optimizer.learning_rate": 5e-3,
     "grid_sizes": (4, 5),
     "batch_size": 2,
@@ -98,6 +105,16 @@ def assert_same_run(one, other):
     for a, b in zip(jax.tree.leaves(final_params(one)), jax.tree.leaves(final_params(other)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert cases(one / "evaluation") == cases(other / "evaluation")
+
+
+@pytest.fixture
+def steps_that_count(monkeypatch):
+    """Steps that change nothing and need no compiler."""
+
+    def step(state, batch):
+        return state.replace(step=state.step + 1), {"loss": np.float32(0.5)}
+
+    monkeypatch.setattr(loop, "_compile", lambda *_: {(5,) * 3: step})
 
 
 @pytest.fixture(scope="module")
@@ -237,13 +254,16 @@ def test_instance_optimisation_raises_the_similarity_of_every_case(trained, tmp_
         assert float(after["mse_after"]) < float(before["mse_after"])
 
 
-def test_what_is_validated_is_what_is_evaluated(subjects_csv, tmp_path):
+def test_what_is_validated_is_what_is_evaluated(subjects_csv, tmp_path, monkeypatch, steps_that_count):
     """With segmenter and instance optimisation: without test subjects, the evaluation is of the validation pairs."""
     listed = subjects_csv.with_name("no_test_subjects.csv")
     listed.write_text(subjects_csv.read_text().replace(",test", ",val"))
     config = tiny_config(listed, grid_sizes=(5,), steps=2, val_every=2, refinement__steps=5, model__segmenter=4)
+    taught = []
+    monkeypatch.setattr(loop, "make_train_step", lambda model, *_, loss, **__: taught.append((model.labels, loss)))
     summary = run(config, tmp_path)
-    assert read_metrics(tmp_path)[0]["segmentation"] > 0
+    ((labels, loss),) = taught
+    assert labels == loss["num_labels"] == 2 and loss["segmentation"] > 0
     (validation,) = (line for line in read_metrics(tmp_path) if line["kind"] == "val")
     assert summary["refinement_steps"] == 5
     np.testing.assert_allclose(validation["score"], summary["metrics"]["dice"]["after"])
@@ -268,7 +288,7 @@ def test_a_bayesian_run_writes_its_uncertainty(subjects_csv, tmp_path):
 def tiny_voxelmorph(subjects, **changes):
     config = brain.get_config("voxelmorph")
     common = {name: value for name, value in TINY.items() if not name.startswith("model.") and name != "grid_sizes"}
-    tiny = dict(model__encoder=(4, 4), model__decoder=((4,), (4,), (4,)), model__steps=3)
+    tiny = dict(model__encoder=(4, 4), model__decoder=((4,), (4,), (4,)), model__steps=0)
     changes = tiny | dict(steps=6, val_every=3, checkpoint_every=2) | changes
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     config.update_from_flattened_dict(common | {"data.subjects": str(subjects)} | changes)
@@ -337,11 +357,13 @@ def test_keypoints_are_pretrained_on_one_subject_and_the_next_run_begins_with_th
     assert fit(tiny_keymorph(subjects_csv, "keymorph_pretrain", **alone), first)
     errors = [line["keypoints"] for line in read_metrics(first) if line["kind"] == "train"]
     assert np.mean(errors[-10:]) < 0.7 * np.mean(errors[:5])
-    # Without a step that changes anything.
-    still = dict(start=str(first), optimizer__name="sgd", optimizer__learning_rate=0.0)
-    assert fit(tiny_keymorph(subjects_csv, "keymorph", **still), then)
-    states = final_params(then, steps=1), final_params(first, steps=40)
-    for found, expected in zip(*(jax.tree.leaves(state.params) for state in states), strict=True):
+    still = dict(start=str(first))
+    config = tiny_keymorph(subjects_csv, "keymorph", **still).to_dict()
+    with Checkpoints(then) as checkpoints:
+        step, state, _ = loop._initial_state(build_run(config), config, checkpoints, print)
+    params = (jax.tree.leaves(one.params) for one in (state, final_params(first, steps=40)))
+    assert step == 0
+    for found, expected in zip(*params, strict=True):
         np.testing.assert_array_equal(found, expected)
     for changes, message in (
         (dict(model__keypoints=7), "the run in .*first has a model with other parameters"),
@@ -369,26 +391,52 @@ BAD_FLAGS = {
     "an unknown system": ("eval.py", ["--system=syn", "--config=configs/brain.py"], "'syn' is not known; .* ncf, ants"),
     "a workdir without a run": ("eval.py", ["--workdir=none"], "none: holds no run"),
     "a grid size in words": ("eval.py", ["--workdir=none", "--grid_size=ten"], "--grid_size=ten: give one whole"),
-    "a list that is not there": ("train.py", ["--config.data.pairs=none.csv"], "none.csv: cannot be read"),
     "too few numbers": ("train.py", ["--config.data.cohort_subjects=(3, 2)"], "data.cohort_subjects must be 3 whole"),
 }
 
 
+# Every program in a copy of one process that has imported, but not used, what takes long to import.
+COPIES = """
+import json, os, runpy, sys
+import gridreg_jax.evaluation.evaluate, gridreg_jax.training.loop
+
+for case, command in json.load(sys.stdin).items():
+    if not os.fork():
+        for descriptor, name in enumerate(("out", "err"), start=1):
+            os.dup2(os.open(f"{sys.argv[1]}/{case}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+        sys.argv, status = command, 0
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # to clear up would copy what was imported
+    print(case, os.waitstatus_to_exitcode(os.wait()[1]), sep="=")
+"""
+
+
 @pytest.fixture(scope="module")
 def mistaken(tmp_path_factory):
-    """The programs with each of the mistakes, started together."""
-    workdir, running = tmp_path_factory.mktemp("mistakes") / "run", {}
+    """What the programs leave with each of the mistakes: exit status, output and errors."""
+    folder, commands = tmp_path_factory.mktemp("mistakes"), {}
     for case, (program, options, _) in BAD_FLAGS.items():
         if program == "train.py" and options is not None:
-            options = ["--config=configs/brain.py", f"--workdir={workdir}", *options]
-        running[case] = start(program, *(options or []))
-    return running
+            options = ["--config=configs/brain.py", f"--workdir={folder / 'run'}", *options]
+        commands[case] = [program, *(options or [])]
+    options = dict(input=json.dumps(commands), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", COPIES, folder], check=True, **options)
+    status = dict(line.split("=") for line in done.stdout.splitlines())
+    return {
+        case: (int(status[case]), *((folder / f"{case}.{name}").read_text() for name in ("out", "err")))
+        for case in commands
+    }
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
 def test_a_mistake_on_the_command_line_is_one_line(mistaken, case):
-    output, errors = mistaken[case].communicate()
-    assert mistaken[case].returncode == 2, (output, errors)
+    status, output, errors = mistaken[case]
+    assert status == 2, (output, errors)
     (line,) = errors.strip().splitlines()
     assert re.search(f"^error: .*{BAD_FLAGS[case][-1]}", line)
     assert "Traceback" not in line
@@ -484,13 +532,16 @@ def test_a_workdir_of_another_model_is_refused_and_left_alone(trained, subjects_
     assert {path: path.stat().st_mtime_ns for path in trained[0].rglob("*") if path.is_file()} == before
 
 
-def test_a_run_from_before_a_field_of_the_model_was_there_goes_on(subjects_csv, tmp_path, monkeypatch):
+def test_a_run_from_before_a_field_of_the_model_was_there_goes_on(
+    subjects_csv, tmp_path, monkeypatch, steps_that_count
+):
     def of_before(model):
         return {name: value for name, value in describe(model).items() if name not in ("segmenter", "labels")}
 
     def goes_on(steps):
-        return fit(tiny_config(subjects_csv, grid_sizes=(5,), steps=steps, val_every=1), tmp_path)
+        return fit(tiny_config(subjects_csv, grid_sizes=(5,), steps=steps, val_every=9), tmp_path)
 
+    monkeypatch.setattr(loop, "validate", lambda *_: dict(grid_size=[5] * 3, score=0.5, scores={}))
     with monkeypatch.context() as patch:
         patch.setattr(loop, "describe", of_before)
         assert goes_on(1)
@@ -519,7 +570,7 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path, subjects_csv, monkey
     def step(state, batch):
         return state, {"loss": np.float32(next(losses))}
 
-    monkeypatch.setattr(loop, "compile_steps", lambda _, state, batch, sizes: (dict.fromkeys(sizes, step), 0))
+    monkeypatch.setattr(loop, "_compile", lambda *_: dict.fromkeys([(4,) * 3, (5,) * 3], step))
     with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
         loop.fit(tiny_config(subjects_csv, checkpoint_every=3), tmp_path)
     assert [line["loss"] for line in read_metrics(tmp_path)] == pytest.approx([0.5, 0.4])
@@ -532,7 +583,7 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, subjects_csv, mo
         params = jax.tree.map(lambda leaf: leaf * (np.nan if state.step == 1 else 1.0), state.params)
         return state.replace(step=state.step + 1, params=params), {"loss": np.float32(0.5)}
 
-    monkeypatch.setattr(loop, "compile_steps", lambda _, state, batch, sizes: (dict.fromkeys(sizes, step), 0))
+    monkeypatch.setattr(loop, "_compile", lambda *_: dict.fromkeys([(4,) * 3, (5,) * 3], step))
     with pytest.raises(FloatingPointError, match="parameters are not finite after step 2"):
         loop.fit(tiny_config(subjects_csv, checkpoint_every=1), tmp_path)
     with Checkpoints(tmp_path) as checkpoints:

@@ -3,16 +3,20 @@
 import csv
 
 import jax
+import numpy as np
 import pytest
 
 from configs import compare as configs
 from gridreg_jax.evaluation import compare as comparison
 from gridreg_jax.evaluation.compare import compare
+from gridreg_jax.training import loop
 from gridreg_jax.training.checkpoint import Checkpoints
 
 TINY = {
-    "model.levels": 4,
+    "model.levels": 3,
+    "model.skips": (1,),
     "model.width": 4,
+    "model.window": 1,
     "model.iterations": 1,
     "model.segmenter": 2,
     "refinement.steps": 0,
@@ -26,7 +30,18 @@ TINY = {
 }
 
 
-def test_systems_are_trained_and_evaluated_alike(subjects_csv, tmp_path, capsys):
+def test_systems_are_trained_and_evaluated_alike(subjects_csv, tmp_path, capsys, monkeypatch):
+    def step(state, batch):
+        return state.replace(step=state.step + 1), {"loss": np.float32(0.5)}
+
+    def evaluate(folder, notify):
+        dice = {"gridreg": 0.5, "voxelmorph_1": 0.25}[folder.name]
+        grid_size = [5, 5, 5] if folder.name == "gridreg" else None
+        return {"grid_size": grid_size, "metrics": {"dice": {"after": dice}, "seconds": {"after": 1.0}}}
+
+    monkeypatch.setattr(loop, "_compile", lambda *_: {(5, 5, 5): step, None: step})
+    monkeypatch.setattr(loop, "validate", lambda *_: dict(grid_size=None, score=0.5))
+    monkeypatch.setattr(comparison, "evaluate", evaluate)
     config = configs.get_config()
     config.update_from_flattened_dict(TINY | {"data.subjects": str(subjects_csv)})
     config.lock()  # as on the command line
@@ -38,10 +53,12 @@ def test_systems_are_trained_and_evaluated_alike(subjects_csv, tmp_path, capsys)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         _, params, *_ = checkpoints.restore_params(device, order=checkpoints.steps(), notify=pytest.fail)
     assert rows[0]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert all(row["memory_mib"] > 0 for row in rows)
     table = capsys.readouterr().out
     assert all(f"{row['parameters']:,}" in table and f"{row['dice']:.4f}" in table for row in rows)
     with open(tmp_path / "comparison.csv", newline="") as file:
-        assert [row["system"] for row in csv.DictReader(file)] == list(TINY["systems"])
+        expected = [("gridreg", "0.5"), ("voxelmorph_1", "0.25")]
+        assert [(row["system"], row["dice"]) for row in csv.DictReader(file)] == expected
 
 
 def test_keymorph_begins_with_what_its_pretraining_ended_with(monkeypatch, tmp_path):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,12 @@ from scipy import ndimage
 from gridreg_jax.losses import MOST_WARPED_LABELS, segmentation_loss, soft_dice, soft_dice_of_probabilities
 
 NUM_LABELS = 4
+
+
+@functools.partial(jax.jit, static_argnames="num_labels")
+def compiled(fixed, moving, displacement, num_labels, **options):
+    """Of one case, and its gradient for the displacement."""
+    return jax.value_and_grad(lambda u: soft_dice(fixed, moving, u, num_labels=num_labels, **options)[0])(displacement)
 
 
 def example(seed=0, shape=(9, 8, 7), moving_shape=(8, 9, 10)):
@@ -30,35 +38,35 @@ def oracle(fixed, moving, displacement, mask=1.0):
     return 1 - np.mean(values)
 
 
-def loss(fixed, moving, displacement, **options):
-    arrays = (jnp.asarray(fixed[None]), jnp.asarray(moving[None]), jnp.asarray(displacement[None], jnp.float32))
-    return soft_dice(*arrays, num_labels=NUM_LABELS, **options)[0]
+def loss_and_slope(fixed, moving, displacement, num_labels=NUM_LABELS, **options):
+    arrays = (np.int32(fixed[None]), np.int32(moving[None]), np.float32(displacement[None]))
+    value, slope = compiled(*arrays, num_labels, **options)
+    return float(value), np.asarray(slope[0])
+
+
+def loss(*arrays, **options):
+    return loss_and_slope(*arrays, **options)[0]
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.0, 2.0])
 def test_the_gradient_of_many_labels_is_that_of_few_on_the_border_too(shift):
     """Both ways of warping; points on the border move their values as those inside do."""
     fixed, moving, displacement = example()
-    arrays = jnp.asarray(fixed[None]), jnp.asarray(moving[None])
-
-    def slope(num_labels):
-        loss = lambda u: soft_dice(*arrays, u, num_labels=num_labels)[0]  # noqa: E731
-        return jax.grad(loss)(jnp.full((1, *displacement.shape), shift, jnp.float32))
-
     assert NUM_LABELS == MOST_WARPED_LABELS
-    few, many = slope(NUM_LABELS), slope(NUM_LABELS + 1)
-    assert np.abs(few[:, 0]).max() > 0
+    shifted = np.full_like(displacement, shift)
+    few, many = (loss_and_slope(fixed, moving, shifted, n)[1] for n in (NUM_LABELS, NUM_LABELS + 1))
+    assert np.abs(few[0]).max() > 0
     np.testing.assert_allclose(many, few, atol=1e-6)
 
 
 def test_against_one_hot_maps():
     fixed, moving, displacement = example()
-    assert float(loss(fixed, moving, displacement)) == pytest.approx(oracle(fixed, moving, displacement), abs=1e-5)
+    assert loss(fixed, moving, displacement) == pytest.approx(oracle(fixed, moving, displacement), abs=1e-5)
 
 
 def test_gradient_against_finite_differences_of_one_hot_maps():
     fixed, moving, displacement = example()
-    found = np.asarray(jax.grad(lambda u: loss(fixed, moving, u))(jnp.asarray(displacement, jnp.float32)))
+    _, found = loss_and_slope(fixed, moving, displacement)
     rng = np.random.default_rng(1)
     for _ in range(4):
         step = 1e-7 * rng.normal(size=displacement.shape)
@@ -78,37 +86,36 @@ def test_cases_do_not_mix():
 def test_mask_weights_both_sums():
     fixed, moving, displacement = example()
     mask = np.random.default_rng(2).random(fixed.shape) < 0.4
-    found = float(loss(fixed, moving, displacement, mask=jnp.asarray(mask[None])))
+    found, slope = loss_and_slope(fixed, moving, displacement, mask=mask[None])
     assert found == pytest.approx(oracle(fixed, moving, displacement, mask), abs=1e-5)
     elsewhere = np.where(mask, fixed, 1)
-    assert found == float(loss(elsewhere, moving, displacement, mask=jnp.asarray(mask[None])))
-    slope = jax.grad(lambda u: loss(fixed, moving, u, mask=jnp.asarray(mask[None])))(jnp.asarray(displacement))
-    assert not np.asarray(slope)[~mask].any()
+    assert found == loss(elsewhere, moving, displacement, mask=mask[None])
+    assert not slope[~mask].any()
 
 
 def test_identity_is_perfect_and_disjoint_is_worst():
     fixed, _, displacement = example()
-    assert float(loss(fixed, fixed, np.zeros_like(displacement))) == pytest.approx(0, abs=1e-6)
+    assert loss(fixed, fixed, np.zeros_like(displacement)) == pytest.approx(0, abs=1e-6)
     one, two = np.where(fixed > 0, 1, 0), np.where(fixed > 0, 0, 1)
-    assert float(loss(one, two, np.zeros_like(displacement))) == pytest.approx(1, abs=1e-6)
+    assert loss(one, two, np.zeros_like(displacement)) == pytest.approx(1, abs=1e-6)
 
 
 def test_labels_absent_from_both_are_left_out():
     fixed, moving, displacement = example()
     fixed, moving = np.where(fixed == 2, 0, fixed), np.where(moving == 2, 0, moving)
-    assert float(loss(fixed, moving, displacement)) == pytest.approx(oracle(fixed, moving, displacement), abs=1e-5)
+    assert loss(fixed, moving, displacement) == pytest.approx(oracle(fixed, moving, displacement), abs=1e-5)
 
 
 def test_other_ids_are_background():
     fixed, moving, displacement = example()
     strange_fixed, strange_moving = np.where(fixed == 0, NUM_LABELS + 5, fixed), np.where(moving == 0, -3, moving)
-    assert float(loss(strange_fixed, strange_moving, displacement)) == float(loss(fixed, moving, displacement))
+    assert loss(strange_fixed, strange_moving, displacement) == loss(fixed, moving, displacement)
 
 
 def test_nothing_to_score():
     fixed, moving, displacement = example()
-    found, slope = jax.value_and_grad(lambda u: loss(0 * fixed, 0 * moving, u))(jnp.asarray(displacement))
-    assert float(found) == 0 and not np.asarray(slope).any()
+    found, slope = loss_and_slope(0 * fixed, 0 * moving, displacement)
+    assert found == 0 and not slope.any()
 
 
 def test_memory_does_not_grow_with_the_labels():

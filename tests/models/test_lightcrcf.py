@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from scipy import ndimage
 
@@ -88,17 +87,6 @@ def test_the_branches_one_by_one(stride):
     assert_equal_to_their_scale(found, expected[::stride, ::stride, ::stride])
 
 
-def test_biases_inside_a_branch_would_add_a_constant():
-    """Why there are none: the input of the 1x1x1 convolution is padded, so that the border carries its bias too."""
-    rng = np.random.default_rng(0)
-    x, widen, inner, narrow = (rng.normal(size=size) for size in ((6, 5, 7, 2), (2, 4), (4,), (3, 3, 3, 4, 3)))
-    padded = np.pad(x, [(1, 1)] * 3 + [(0, 0)]) @ widen + inner
-    found = correlated(padded, narrow)[1:-1, 1:-1, 1:-1]
-    np.testing.assert_allclose(
-        found, correlated(x @ widen, narrow) + np.einsum("m,xyzmo->o", inner, narrow), atol=1e-10
-    )
-
-
 def test_group_flow_is_a_mixture_of_flows():
     x = np.random.default_rng(0).normal(size=(6, 5, 7, 4)).astype(np.float32)
     rng, head = np.random.default_rng(1), GroupFlow(3)
@@ -124,32 +112,6 @@ def test_fused_parameters_are_the_same_function(size):
     found = compiled(**SIZES[size], fused=True)(fuse(params), *images())
     assert_equal_to_their_scale(found, compiled(**SIZES[size])(params, *images()))
     assert jax.tree.all(jax.tree.map(np.array_equal, fuse(fuse(params)), fuse(params)))
-
-
-def test_they_are_so_after_training_too():
-    smooth = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(14, 12, 12)), 1.5)
-    fixed, moving = (jnp.asarray(part[None, ..., None], jnp.float32) for part in (5 * smooth[2:], 5 * smooth[:-2]))
-    model, optimizer = build("lightcrcf", **TINY), optax.adam(1e-2)
-    params = jax.jit(model.init)(jax.random.key(0), fixed, moving)
-    state = optimizer.init(params)
-
-    @jax.jit
-    def step(params, state):
-        def loss(params):
-            return jnp.square(fixed - warp(moving, model.apply(params, fixed, moving).displacement)).mean()
-
-        value, gradient = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(params, updates), state, value
-
-    losses = []
-    for _ in range(40):
-        params, state, value = step(params, state)
-        losses.append(value)
-    assert losses[-1] < 0.5 * losses[0]
-    expected = compiled(**TINY)(params, fixed, moving)
-    assert jnp.abs(expected).max() > 0.1
-    assert_equal_to_their_scale(compiled(**TINY, fused=True)(fuse(params), fixed, moving), expected)
 
 
 def test_stages_are_composed_coarse_to_fine():

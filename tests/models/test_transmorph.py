@@ -159,8 +159,9 @@ def test_spline_weights_are_those_of_scipy(size, spacing):
 
 
 def with_constant_flow(model, flow):
-    params = init(model)["params"]
-    params["flow"] = {"kernel": jnp.zeros_like(params["flow"]["kernel"]), "bias": jnp.asarray(flow)}
+    shapes = jax.eval_shape(lambda: init(model))["params"]
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    params["flow"]["bias"] = flow
     return {"params": params}
 
 

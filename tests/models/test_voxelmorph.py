@@ -34,8 +34,8 @@ def init(model, shape=ODD):
 
 def random_params(model, seed=0):
     """Parameters away from those at the start, head included."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), init(model))
+    rng, shapes = np.random.default_rng(seed), jax.eval_shape(lambda: init(model))
+    return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_starts_next_to_the_identity_for_images_of_any_size(fields):
 
 @each_variant
 def test_every_parameter_has_a_gradient(fields):
-    model, shape = build("voxelmorph", **TINY, **fields), (13, 12, 9)
+    model, shape = build("voxelmorph", encoder=(4,), decoder=((4,), (4, 4)), **fields), (13, 12, 9)
     params, streams = random_params(model), {"velocity": jax.random.key(1)}
 
     @jax.jit
@@ -81,7 +81,7 @@ def test_every_parameter_has_a_gradient(fields):
 
 
 def with_constant_velocity(model, velocity, log_variance=None):
-    params = init(model)["params"]
+    params = random_params(model)["params"]
     params["flow"] = {"kernel": jnp.zeros_like(params["flow"]["kernel"]), "bias": jnp.asarray(velocity)}
     if log_variance is not None:
         kernel = jnp.zeros_like(params["log_variance"]["kernel"])
@@ -92,7 +92,7 @@ def with_constant_velocity(model, velocity, log_variance=None):
 def test_a_constant_velocity_moves_everything_by_itself_and_back():
     model = build("voxelmorph", **TINY, bidirectional=True)
     velocity = np.array([1.5, -0.5, 3.0], np.float32)
-    prediction = model.apply(with_constant_velocity(model, velocity), *images(ODD))
+    prediction = jax.jit(model.apply)(with_constant_velocity(model, velocity), *images(ODD))
     np.testing.assert_allclose(prediction.displacement, np.broadcast_to(velocity, (1, *ODD, 3)), rtol=1e-5)
     np.testing.assert_allclose(prediction.inverse_displacement, -prediction.displacement, rtol=1e-5)
     # In voxels of its own lattice, which are two of the image's.
@@ -104,10 +104,11 @@ def test_training_draws_the_velocity_and_prediction_takes_the_mean():
     params = with_constant_velocity(model, np.array([1.0, 0.0, -1.0], np.float32), log_variance=np.log(0.25))
     pair = images((16, 16, 16))
 
+    @jax.jit
     def displacement(key):
         return model.apply(params, *pair, train=True, rngs={"velocity": jax.random.key(key)}).displacement
 
-    mean = model.apply(params, *pair)
+    mean = jax.jit(model.apply)(params, *pair)
     np.testing.assert_allclose(mean.displacement[0, 0, 0, 0], [1, 0, -1], rtol=1e-5)
     np.testing.assert_allclose(mean.velocity_log_variance, np.full((1, 16, 16, 16, 3), np.log(0.25)), rtol=1e-5)
     draws = np.stack([displacement(key) for key in range(2)]) - mean.displacement

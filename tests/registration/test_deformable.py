@@ -172,14 +172,6 @@ def test_cells_of_a_preset_are_whole_numbers_of_its_first_ones_where_there_is_ro
     assert last_cells(volume(shape, spacing), PRESETS[preset], None) == cells
 
 
-def test_short_axes_keep_whole_cells():
-    for preset in PRESETS.values():
-        assert preset.stages[-1].halvings == 0
-        assert [stage.halvings for stage in preset.stages] == sorted(
-            [stage.halvings for stage in preset.stages], reverse=True
-        )
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("steps", [0, 1, 7, 20])
 def test_what_follows_a_network_has_the_last_grid_alone_and_every_step(preset, steps):

@@ -21,9 +21,15 @@ from gridreg_jax.training.writers import read_metrics
 
 STEPS = 5
 TINY = {
-    "model.levels": 4,
+    # The least to compile.
+    "model.levels": 1,
+    "model.skips": (),
     "model.width": 4,
+    "model.window": 1,
     "model.iterations": 1,
+    "model.contrast_window": 0,
+    "model.interpolator": "trilinear",
+    "loss.similarity": "mse",
     "data.shape": (16, 20, 16),
     "data.spacing": (1.0, 1.0, 1.0),
     "data.center": "image",

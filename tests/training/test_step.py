@@ -1,8 +1,6 @@
 """The training step: several devices do what one does, and the state is consumed."""
 
-import os
-import subprocess
-import sys
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +19,15 @@ CONFIG = dict(
     steps=STEPS,
     grid_sizes=(4,),
     batch_size=BATCH,
-    model=dict(name="gridreg", levels=4, width=4, projection=8, decoder=8, heads=2),
+    model=dict(name="gridreg", levels=3, skips=(1,), width=4, projection=8, decoder=8, heads=2, window=1),
     # Plain gradient descent: Adam would hide a gradient that is off by a factor.
     optimizer=dict(name="sgd", learning_rate=0.05),
     data=dict(shape=SHAPE),
 )
+# Where any network will do.
+SMALL = dict(name="voxelmorph", encoder=(4,), decoder=((4,), (4,)))
 LOSS = dict(interpolator="trilinear", num_labels=2, dice=1.0)
-AUGMENTATION = dict(flip=0.5, affine=0.05, shift=0.5, elastic=0.5, contrast=0.1, noise=0.02)
+AUGMENTATION = dict(flip=0.5, contrast=0.1, noise=0.02)
 
 
 def batch(examples=range(BATCH)):
@@ -46,28 +46,40 @@ def batch(examples=range(BATCH)):
     return arrays
 
 
+@functools.cache
+def run_and_step():
+    run = training.build_run(CONFIG)
+    return run, training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation=AUGMENTATION)
+
+
+@functools.cache
+def initial(run):
+    return jax.device_get(run.init_state())
+
+
 def train(examples=range(BATCH)):
     """Parameters and loss after some steps on one batch, and the state they started from."""
-    run = training.build_run(CONFIG)
-    step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation=AUGMENTATION)
-    start = state = run.init_state()
+    run, step = run_and_step()
+    start = state = jax.device_put(initial(run), run.replicated)
     for _ in range(STEPS):
         state, metrics = step(state, training.shard(batch(examples)), GRID)
         losses = jax.device_get(metrics)
     return by_path(state.params), losses, state, start
 
 
-def train_with_noise():
-    """Parameters and loss of a model that draws a velocity of its own for every example."""
-    fields = dict(encoder=(4, 4), decoder=((4,), (4,), (4,)), steps=2, probabilistic=True)
-    run = training.build_run(CONFIG | dict(model=dict(name="voxelmorph", **fields), grid_sizes=()))
+def step_with_noise():
+    """What a step changes, and the loss, of a model that draws a velocity of its own for every example."""
+    run = training.build_run(CONFIG | dict(model=SMALL | dict(steps=1, probabilistic=True), grid_sizes=()))
     loss = LOSS | dict(bending=0.0, kl=1e-3)
     step = training.make_train_step(run.model, run.optimizer, seed=0, loss=loss, augmentation={})
-    state = run.init_state()
-    state.params["params"]["log_variance"]["bias"] = np.zeros(3, np.float32)  # a voxel of noise, to be seen
-    for _ in range(2):
-        state, metrics = step(state, training.shard(batch()), None)
-    return by_path(state.params) | {"loss": jax.device_get(metrics)["loss"]}
+    rng, shapes = np.random.default_rng(0), run.state_shapes(run.replicated).params
+    params = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    # A voxel of noise, to be seen.
+    params["params"]["log_variance"] = jax.tree.map(np.zeros_like, params["params"]["log_variance"])
+    given = jax.device_put((params, np.int32(0)), run.replicated)
+    gradient, metrics = step.gradient(*given, training.shard(batch()), None)
+    rate = CONFIG["optimizer"]["learning_rate"]
+    return {name: rate * leaf for name, leaf in by_path(gradient).items()} | jax.device_get(metrics)
 
 
 def by_path(params):
@@ -76,41 +88,34 @@ def by_path(params):
 
 
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    """Another process that trains on one device, started early, and the file that it will write."""
+def on_all_devices():
     if jax.local_device_count() != 2 or jax.default_backend() != "cpu":
         pytest.skip("needs two CPU devices: XLA_FLAGS=--xla_force_host_platform_device_count=2")
-    path = tmp_path_factory.mktemp("one") / "params.npz"
-    environment = os.environ | {
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=2", "device_count=1"),
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    return subprocess.Popen([sys.executable, __file__, path], env=environment), path
-
-
-@pytest.fixture(scope="module")
-def on_all_devices(one_device):
     return train()
 
 
-@pytest.fixture(scope="module")
-def on_one_device(one_device, on_all_devices):
-    process, path = one_device
-    assert process.wait() == 0
-    return np.load(path)
+@pytest.fixture
+def one_device(monkeypatch):
+    """All that follows is trained on one device."""
+    monkeypatch.setattr(training, "sharing", lambda batch_size: jax.devices()[:1])
 
 
-def test_two_devices_take_the_steps_of_one(on_all_devices, on_one_device):
-    params, losses, *_ = on_all_devices
-    assert on_one_device["devices"] == 1
-    np.testing.assert_allclose(losses["loss"], on_one_device["loss"], atol=1e-5)
+def test_two_devices_take_the_steps_of_one(on_all_devices, one_device):
+    params, losses, state, _ = on_all_devices
+    expected, expected_losses, of_one, _ = train()
+    used = [len(jax.tree.leaves(each.params)[0].sharding.device_set) for each in (state, of_one)]
+    assert used == [2, 1]
+    np.testing.assert_allclose(losses["loss"], expected_losses["loss"], atol=1e-5)
     for name, leaf in params.items():
-        np.testing.assert_allclose(leaf, on_one_device[name], atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(leaf, expected[name], atol=1e-5, err_msg=name)
 
 
-def test_the_noise_of_an_example_does_not_depend_on_the_number_of_devices(on_one_device):
-    for name, value in train_with_noise().items():
-        np.testing.assert_allclose(value, on_one_device[f"with noise {name}"], atol=1e-5, err_msg=name)
+def test_the_noise_of_an_example_does_not_depend_on_the_number_of_devices(on_all_devices, request):
+    on_all = step_with_noise()
+    request.getfixturevalue("one_device")
+    on_one = step_with_noise()
+    for name, value in on_all.items():
+        np.testing.assert_allclose(value, on_one[name], atol=1e-5, err_msg=name)
 
 
 def test_every_example_counts_so_that_a_forgotten_mean_over_devices_would_show(on_all_devices):
@@ -155,12 +160,12 @@ def test_as_many_devices_share_a_batch_as_can_have_equal_parts(batch_size, used)
 
 
 def test_a_batch_of_one_is_trained_on_one_of_several_devices():
-    run = training.build_run(CONFIG | dict(batch_size=1))
-    step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation=AUGMENTATION)
+    run = training.build_run(CONFIG | dict(batch_size=1, model=SMALL | dict(steps=0), grid_sizes=()))
+    step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation=dict(noise=0.02))
     state, one = run.init_state(), training.shard(batch([0]))
-    compiled, _ = training.compile_steps(step, state, one, [GRID])
+    compiled, _ = training.compile_steps(step, state, one, [None])
     for _ in range(2):
-        state, metrics = compiled[GRID](state, one)
+        state, metrics = compiled[None](state, one)
     assert int(state.step) == 2 and np.isfinite(metrics["loss"])
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {1}
 
@@ -177,9 +182,8 @@ def test_a_batch_that_processes_cannot_share_is_refused_with_the_next_that_they_
 
 
 def test_compiled_steps_are_the_step_and_know_their_memory(on_all_devices):
-    run = training.build_run(CONFIG)
-    step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation=AUGMENTATION)
-    state, sharded = run.init_state(), training.shard(batch())
+    run, step = run_and_step()
+    state, sharded = jax.device_put(initial(run), run.replicated), training.shard(batch())
     compiled, needed = training.compile_steps(step, state, sharded, [GRID])
     assert list(compiled) == [GRID]
     # At least the state and the batch must fit.
@@ -201,7 +205,8 @@ def test_a_later_start_traces_the_network_only_if_it_has_code_from_elsewhere(
     monkeypatch.setitem(SIMILARITIES, "mine", lambda fixed, warped: jnp.abs(fixed - warped).mean((1, 2, 3, 4)))
     calls, whole = [], training.objective
     monkeypatch.setattr(training, "objective", lambda *a, **k: calls.append(a) or whole(*a, **k))
-    run = training.build_run(CONFIG | dict(model=CONFIG["model"] | dict(encoder=encoder)))
+    fields = dict(levels=1, skips=(), encoder=encoder, iterations=2)
+    run = training.build_run(CONFIG | dict(model=CONFIG["model"] | fields))
     state, sharded = run.init_state(), training.shard(batch())
     texts = []
     for _ in range(2):
@@ -222,8 +227,9 @@ def test_all_but_convolutions_is_computed_again_for_the_gradient_and_changes_not
     gradients, norms, convolutions = [], [], []
     for remat in (False, True):
         step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation={}, remat=remat)
-        gradients.append(by_path(step.gradient(state.params, state.step, sharded, GRID)[0]))
-        text = step.gradient.lower(state.params, state.step, sharded, GRID).as_text()
+        lowered = step.gradient.lower(state.params, state.step, sharded, GRID)
+        gradients.append(by_path(lowered.compile()(state.params, state.step, sharded)[0]))
+        text = lowered.as_text()
         norms.append(text.count("stablehlo.rsqrt"))
         convolutions.append(text.count("stablehlo.convolution"))
     for path, kept in gradients[0].items():
@@ -244,14 +250,7 @@ def test_steps_are_scheduled_for_memory():
 
 
 def test_a_step_that_would_not_fit_is_refused_before_it_runs(monkeypatch):
-    run = training.build_run(CONFIG)
-    step = training.make_train_step(run.model, run.optimizer, seed=0, loss=LOSS, augmentation=AUGMENTATION)
+    run, step = run_and_step()
     monkeypatch.setattr(memory, "memory_available", lambda: 0)
     with pytest.raises(InputError, match="a step at grid size 4 needs .* and 0.0 GiB are free: a smaller"):
-        training.compile_steps(step, run.init_state(), training.shard(batch()), [GRID])
-
-
-if __name__ == "__main__":
-    params, losses, *_ = train()
-    noisy = {f"with noise {name}": value for name, value in train_with_noise().items()}
-    np.savez(sys.argv[1], devices=jax.local_device_count(), loss=losses["loss"], **params, **noisy)
+        training.compile_steps(step, jax.device_put(initial(run), run.replicated), training.shard(batch()), [GRID])

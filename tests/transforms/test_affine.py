@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from gridreg_jax.transforms.affine import affine_displacement, apply_affine, fit_affine, fit_rigid, nearest_rotation
+from gridreg_jax.transforms import affine
+from gridreg_jax.transforms.affine import affine_displacement, apply_affine, nearest_rotation
 from gridreg_jax.transforms.warp import identity_grid
 
+fit_affine, fit_rigid = jax.jit(affine.fit_affine), jax.jit(affine.fit_rigid)
 FITS = {"affine": fit_affine, "rigid": fit_rigid}
 each_fit = pytest.mark.parametrize("fit", FITS.values(), ids=FITS)
 weighted = pytest.mark.parametrize("weighted", [False, True])
