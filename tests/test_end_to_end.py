@@ -500,7 +500,7 @@ BAD_VALUES = {
     "heads": (dict(model__heads=3), "cannot be shared by 3 heads"),
     "steps": (dict(steps=0), "steps must be 1 or more"),
     "missing list": (dict(data__subjects="none.csv"), "none.csv: cannot be read"),
-    "center": (dict(data__center="middle"), "center must be one of mass, image"),
+    "center": (dict(data__center="middle"), "lattice center: 'middle' is not known; known are mass, image"),
     "labels": (dict(data__labels=(4,)), "no image has label 4"),
     "evaluation pairs": (dict(data__evaluation_pairs=(0, 2)), "data.evaluation_pairs is .0, 2.: give 1 or more"),
 }

@@ -317,11 +317,13 @@ def test_what_the_mask_leaves_out_does_not_count(folder, found):
     mask = np.ones(FIXED, np.int32)
     mask[:, :8] = 0
     points_mm = geometry.voxel_to_world(voxels(FIXED) * [1, 0.5, 1] + [0, 13, 0], fixed.affine)
+    options = dict(preset="fast", mask=Volume(mask, fixed.affine, Path("mask")))
+    masked = register(fixed, folder / "moving.nii.gz", **options)
     errors = []
-    for options in ({}, {"mask": Volume(mask, fixed.affine, Path("mask"))}):
-        other = register(Volume(spoilt, fixed.affine, fixed.path), folder / "moving.nii.gz", preset="fast", **options)
-        errors.append(np.linalg.norm(other.map_points(points_mm) - found.map_points(points_mm), axis=1).mean())
-    assert errors[1] < 0.7 * errors[0]
+    for whole, options in ((found, dict(preset="fast")), (masked, options)):
+        other = register(Volume(spoilt, fixed.affine, fixed.path), folder / "moving.nii.gz", **options)
+        errors.append(np.linalg.norm(other.map_points(points_mm) - whole.map_points(points_mm), axis=1).mean())
+    assert errors[1] < 0.4 * errors[0]  # on coarser lattices its border is blurred
 
 
 @pytest.mark.parametrize(
