@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Num
@@ -30,7 +29,7 @@ from gridreg_jax.registration.mask import kept
 from gridreg_jax.transforms.affine import apply_affine
 from gridreg_jax.transforms.certificate import Certificate
 from gridreg_jax.transforms.interpolation import interpolate
-from gridreg_jax.transforms.warp import identity_grid, sample, warp_labels
+from gridreg_jax.transforms.warp import identity_grid, invert, sample, warp_labels
 
 # Voxels that are sampled at a time.
 SLAB = 2_000_000
@@ -488,14 +487,10 @@ def _cut(volume: Volume) -> tuple[int, int, int]:
     return tuple(int(n) for n in cells * parts + 1)
 
 
-def _towards_inverse(w, u, points, iterations: int, relaxation: float):
-    """w closer to `w(z) = -u(z + w(z))` at some points z (voxels of u)."""
-    return jax.lax.fori_loop(0, iterations, lambda _, w: w - relaxation * (w + sample(u, points + w)), w)
-
-
 @stored
 def _invert(u):
-    return _towards_inverse(jnp.zeros_like(u), u, identity_grid(u.shape[:3]), INVERSE_ITERATIONS, RELAXATION)
+    lattice = identity_grid(u.shape[:3])[None]
+    return invert(u[None], lattice, 0 * lattice, iterations=INVERSE_ITERATIONS, relaxation=RELAXATION)[0]
 
 
 @functools.partial(stored, static_argnames=("shape", "iterations"))
@@ -507,8 +502,9 @@ def _inverse_slab(coarse, u, step, start, to_voxels, linear, fixed, *, shape, it
     """
     lattice = identity_grid(shape).at[..., 0].add(start)
     points = _linear(lattice, to_voxels)
-    w = sample(coarse, points / step) * step
-    w = _towards_inverse(w, u, points, iterations, FINISHING_RELAXATION)
+    start = sample(coarse, points / step) * step
+    options = dict(iterations=iterations, relaxation=FINISHING_RELAXATION)
+    w = invert(u[None], points[None], start[None], **options)[0]
     return apply_affine(w, fixed) + _linear(lattice, linear)
 
 

@@ -63,7 +63,7 @@ def sample(volume: Num[Array, "X Y Z C"], points: Float[Array, "*P 3"]) -> Float
 
     Source: the linear sampling of Jaderberg et al., Spatial transformer networks, NeurIPS 2015, in three dimensions.
     """
-    return _sample(volume[None], *(points[None, ..., axis] for axis in range(3)))[0]
+    return _sample(volume[None], *_apart(points[None]))[0]
 
 
 def warp(
@@ -83,16 +83,21 @@ def warp(
       origin: voxel of the volume in which the fixed lattice begins.
       stride: how many voxels of the volume one of the fixed lattice is.
     """
-    return _sample(volume, *_places(displacement, origin, stride))
+    return _sample(volume, *_places(_apart(displacement), origin, stride))
+
+
+def _apart(field: Num[Array, "*P C"]) -> list[Num[Array, "*P"]]:
+    """Its components, an array each: on the CPU, arrays with a short last axis take several times as long."""
+    return [field[..., c] for c in range(field.shape[-1])]
 
 
 def _places(displacement, origin=(0, 0, 0), stride=1):
-    """Where displaced voxels lie `[N, x, y, z]`, an array an axis."""
+    """Where voxels lie that are displaced by three arrays `[N, x, y, z]`, an array an axis."""
     lattice = (
         (first + stride * jnp.arange(size, dtype=jnp.float32)).reshape([-1 if a == axis else 1 for a in range(3)])
-        for axis, (first, size) in enumerate(zip(origin, displacement.shape[1:4], strict=True))
+        for axis, (first, size) in enumerate(zip(origin, displacement[0].shape[1:], strict=True))
     )
-    return [displacement[..., axis] + place for axis, place in enumerate(lattice)]
+    return [component + place for component, place in zip(displacement, lattice, strict=True)]
 
 
 def warp_by_grid(
@@ -175,7 +180,7 @@ def _slabs(shape, method, control_grid, cases: int):
 
     def coordinates(control_grid, slab):
         first, rows = slab
-        x, y, z = _places(contract(control_grid, [rows, *weights[1:]]))
+        x, y, z = _places(_apart(contract(control_grid, [rows, *weights[1:]])))
         return [first + x, y, z]
 
     def split(values):
@@ -187,8 +192,7 @@ def _slabs(shape, method, control_grid, cases: int):
 def _sample(volume, *coordinates):
     """Values of `[N, X, Y, Z, C]` at the coordinates `[N, ...]`, one array an axis."""
     volume = volume.astype(jnp.promote_types(volume.dtype, jnp.float32))
-    # A channel and a coordinate at a time: on the CPU, arrays with a short last axis take several times as long.
-    return jnp.stack([_sample_channel(volume[..., c], *coordinates) for c in range(volume.shape[-1])], axis=-1)
+    return jnp.stack([_sample_channel(channel, *coordinates) for channel in _apart(volume)], axis=-1)
 
 
 @jax.custom_vjp
@@ -286,13 +290,43 @@ def integrate(velocity: Float[Array, "N X Y Z 3"], *, steps: int = 7) -> Float[A
 
     As many as 2**steps Euler steps. Velocity and displacement are in voxels. Source: Arsigny et al., MICCAI 2006.
     """
+
+    def twice(_, u):
+        places = _places(u)
+        return [component + _sample_channel(component, *places) for component in u]
+
     # A loop, not unrolled: XLA would fuse the chain of gathers into itself, and compile and run tens of times longer.
-    return jax.lax.fori_loop(0, steps, lambda _, u: compose(u, u), velocity / 2**steps)
+    return jnp.stack(jax.lax.fori_loop(0, steps, twice, _apart(velocity / 2**steps)), axis=-1)
 
 
-def invert(displacement: Float[Array, "N X Y Z 3"], *, iterations: int = 30) -> Float[Array, "N X Y Z 3"]:
-    """Inverse displacement v with `v(y) + u(y + v(y)) = 0`, by fixed-point iteration (Chen et al., Med. Phys. 2008).
+def invert(
+    displacement: Float[Array, "N X Y Z 3"],
+    points: Float[Array, "N *P 3"],
+    start: Float[Array, "N *P 3"],
+    *,
+    iterations: int = 30,
+    relaxation: float = 1.0,
+) -> Float[Array, "N *P 3"]:
+    """Inverse displacement v with `v(y) + u(y + v(y)) = 0` at points y, by fixed-point iteration; all in voxels.
 
-    Converges where `u` is a contraction (Lipschitz constant below 1), with that constant as its rate. In voxels.
+    Whole steps converge where `u` is a contraction (Lipschitz constant below 1), with that constant as their rate.
+
+    Args:
+      displacement: u.
+      points: y.
+      start: of v.
+      iterations: how many.
+      relaxation: the share of each step that is taken: less than 1 may converge where u stretches most.
+
+    Source: Chen et al., Med. Phys. 2008.
     """
-    return jax.lax.fori_loop(0, iterations, lambda _, v: -warp(displacement, v), jnp.zeros_like(displacement))
+    u, y = _apart(displacement), _apart(points)
+
+    def closer(_, v):
+        places = [place + component for place, component in zip(y, v, strict=True)]
+        return [
+            inverse - relaxation * (inverse + _sample_channel(component, *places))
+            for inverse, component in zip(v, u, strict=True)
+        ]
+
+    return jnp.stack(jax.lax.fori_loop(0, iterations, closer, _apart(start)), axis=-1)

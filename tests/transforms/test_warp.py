@@ -9,7 +9,8 @@ from gridreg_jax.transforms import warp as warping
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import identity_grid, sample
 
-compose, warp_labels, invert = jax.jit(warping.compose), jax.jit(warping.warp_labels), jax.jit(warping.invert)
+compose, warp_labels = jax.jit(warping.compose), jax.jit(warping.warp_labels)
+invert = jax.jit(warping.invert, static_argnames=("iterations", "relaxation"))
 warp = jax.jit(warping.warp, static_argnames=("origin", "stride"))
 integrate = jax.jit(warping.integrate, static_argnames="steps")
 
@@ -187,11 +188,22 @@ def test_integral_of_the_negative_velocity_is_the_inverse():
 
 def test_inverse_undoes_the_map():
     displacement = smooth_displacement(1.7)
-    inverse = invert(displacement)
+    lattice = identity_grid(CUBE)[None]
+    inverse = invert(displacement, lattice, 0 * lattice)
     # As invert is defined, `v(y) + u(y + v(y)) = 0` holds at every voxel.
     assert np.abs(compose(displacement, inverse)).max() < 1e-4
     # In the other order only up to the linear interpolation of v.
     assert np.abs(compose(inverse, displacement)).max() < 0.05
+
+
+def test_inverse_at_some_points_with_shorter_steps():
+    displacement = smooth_displacement(1.7)
+    points = np.random.default_rng(5).uniform(0, 16, (1, 40, 3)).astype(np.float32)
+    inverse = np.asarray(invert(displacement, points, np.ones_like(points), iterations=60, relaxation=0.5))
+    there = (points + inverse)[0].T
+    for axis in range(3):
+        moved = map_coordinates(displacement[0, ..., axis], there, order=1, mode="nearest")
+        np.testing.assert_allclose(inverse[0, :, axis], -moved, atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [0.5, 3.0])
