@@ -20,6 +20,7 @@ from benchmarks.arguments import at_least, result_file
 from benchmarks.hardware import hardware
 from gridreg_jax import conv, losses
 from gridreg_jax.attention import window_attention
+from gridreg_jax.losses.similarity import FAINT
 from gridreg_jax.programs import compiler_options
 from gridreg_jax.transforms import bspline
 from gridreg_jax.transforms.interpolation import axis_weights, interpolate
@@ -53,7 +54,8 @@ def plain_dice(fixed_labels, moving_labels, displacement):
 
 
 def plain_lncc(fixed, warped, window=9):
-    """All voxels of a window summed at once; the images as they are, since a correlation is blind to their scale."""
+    """All voxels of a window summed at once."""
+    fixed, warped = ((image - image.mean()) / image.std() for image in (fixed, warped))
     # How many voxels of a window exist: by NumPy, since XLA would take long to fold the sums of a constant.
     lines = [np.convolve(np.ones(n), np.ones(window))[window // 2 :][:n] for n in fixed.shape[1:4]]
     count = np.einsum("x,y,z->xyz", *lines)[..., None].astype(np.float32)
@@ -63,8 +65,8 @@ def plain_lncc(fixed, warped, window=9):
         return jax.lax.reduce_window(values, 0.0, jax.lax.add, cube, (1,) * 5, "SAME") / count
 
     covariance = mean(fixed * warped) - mean(fixed) * mean(warped)
-    variances = [mean(image**2) - mean(image) ** 2 for image in (fixed, warped)]
-    return 1 - jnp.mean(covariance**2 / (variances[0] * variances[1] + 1e-8), axis=(1, 2, 3, 4))
+    variances = [mean(image**2) - mean(image) ** 2 + FAINT for image in (fixed, warped)]
+    return 1 - jnp.mean((jnp.abs(covariance) + FAINT) ** 2 / (variances[0] * variances[1]), axis=(1, 2, 3, 4))
 
 
 def plain_attention(query, key, value, bias, window):
