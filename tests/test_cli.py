@@ -177,7 +177,7 @@ MISTAKES = {
     "cells of no length": (f"{PAIR} --grid nanmm", "cells of nan mm: give a length from"),
     "cells without end": (f"{PAIR} --grid infmm", "cells of inf mm: give a length from"),
     "too small a grid": (f"{PAIR} --grid 3", "a control grid has from 4 to"),
-    "an affine that is not there": (f"{PAIR} --affine none.mat", "none.mat: no such file"),
+    "an affine that is not there": (f"{PAIR} --affine none.mat", "none.mat': give auto, rigid, off,"),
     "more than an affine": (f"{PAIR} --affine spline.tfm", "spline.tfm: holds more than an affine"),
     "an affine that is missing": (PAIR.replace("moving.", "nowhere."), NO_PLACE),
     "another image of no place": (f"{PAIR} --also-apply nowhere.nii.gz", NO_PLACE),

@@ -232,6 +232,17 @@ def test_eval_on_a_list_of_pairs_at_another_grid_size(trained, subjects_csv, tmp
     assert_pictures(tmp_path)
 
 
+def test_a_network_is_read_again_where_its_run_has_changed_and_only_there(trained, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained[0], workdir)
+    first = load_trained(workdir, notify=print)
+    assert load_trained(workdir, notify=print) is first
+    with Checkpoints(workdir) as checkpoints:
+        shutil.rmtree(workdir / "checkpoints" / str(checkpoints.best_step()))
+    changed = load_trained(workdir, notify=print)
+    assert not all(map(np.array_equal, jax.tree.leaves(first.params), jax.tree.leaves(changed.params)))
+
+
 def test_a_run_of_another_version_is_named(trained, tmp_path, monkeypatch):
     other = dataclasses.replace(load_trained(trained[0], notify=print), params={"params": {}})
     monkeypatch.setattr("gridreg_jax.evaluation.evaluate.load_trained", lambda workdir, notify: other)

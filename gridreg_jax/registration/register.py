@@ -388,6 +388,8 @@ def given_affine(affine: str | Path | Num[np.ndarray, "_ _"]) -> Float[np.ndarra
         return None
     if affine == "off":
         return np.eye(4)
+    if not Path(affine).exists():
+        raise InputError(f"affine is {str(affine)!r}: give auto, rigid, off, or a file that exists")
     transforms = itk_files.read(affine)
     if any(transform.type != itk.AFFINE for transform in transforms):
         raise InputError(f"{affine}: holds more than an affine transform")

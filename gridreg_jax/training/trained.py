@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,20 @@ def load_trained(workdir: str | Path, *, notify: Callable[[str], None]) -> Train
     Raises:
       InputError: no run is there, it has no checkpoint yet, or none can be read.
     """
-    if not (Path(workdir) / "checkpoints").is_dir():
+    folder = Path(workdir).resolve() / "checkpoints"
+    if not folder.is_dir():
         raise InputError(f"{workdir}: holds no run (no folder 'checkpoints'); give the workdir of a run of train.py")
+    made = []
+    for path in sorted(folder.iterdir()):
+        with contextlib.suppress(FileNotFoundError):  # a training that goes on removes the older ones
+            made.append((path, path.stat().st_mtime_ns))
+    return _loaded(workdir, notify, tuple(made))
+
+
+# Who registers many pairs with one network would spend a third of the time on reading it.
+@functools.lru_cache(maxsize=1)
+def _loaded(workdir: str | Path, notify: Callable[[str], None], made: tuple[tuple[Path, int], ...]) -> Trained:
+    """As `load_trained`, of a run that has these checkpoints, made at these times."""
     with Checkpoints(workdir) as checkpoints:
         best = checkpoints.best_step()
         if best is None:

@@ -233,6 +233,8 @@ def test_a_given_affine(tmp_path, found):
     itk_files.write_tfm(tmp_path / "both.tfm", found.transforms)
     with pytest.raises(InputError, match="both.tfm: holds more than an affine"):
         given_affine(tmp_path / "both.tfm")
+    with pytest.raises(InputError, match="'none': give auto, rigid, off, or a file"):
+        given_affine("none")
 
 
 @pytest.mark.parametrize("affine", [np.diag([1.0, 0, 1, 1]), np.eye(3), np.diag([1, 1, 1, 2.0]), np.eye(4) * np.nan])
