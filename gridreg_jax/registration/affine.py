@@ -4,6 +4,8 @@ All lengths are relative to the images' size, so that a crop of 50 mm is treated
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -19,7 +21,7 @@ from gridreg_jax.instance import descend
 from gridreg_jax.losses import lncc, nmi
 from gridreg_jax.programs import stored
 from gridreg_jax.registration.mask import kept
-from gridreg_jax.transforms.warp import identity_grid, sample
+from gridreg_jax.transforms.warp import identity_grid, sample_channel
 
 # Voxels along every side, steps, and step size in the unit of the parameters (see `_matrix`). At the coarsest level
 # every start is tried, and the best few go on.
@@ -139,15 +141,15 @@ def _search(fixed, moving, weight, to_points, to_voxels, starts, possible, learn
       to_voxels: the same from those coordinates to moving voxels.
       possible: share of the fixed lattice that can lie in the moving one.
     """
-    points = _apply(to_points, identity_grid(fixed.shape))
-    last = jnp.asarray(moving.shape, jnp.float32) - 1
+    points = _apply(to_points, list(jnp.moveaxis(identity_grid(fixed.shape), -1, 0)))
 
     def loss(parameters):
         reached = _apply(to_voxels, _apply(_matrix(parameters), points))
         # From 1 at the outermost voxel centres to 0 a voxel farther out, so that the overlap has a gradient too.
-        inside = jnp.prod(jnp.clip(1 + jnp.minimum(reached, last - reached), 0, 1), axis=-1)
-        warped = sample(moving[..., None], reached)
-        dissimilarity = nmi(fixed[None, ..., None], warped[None], mask=(weight * inside)[None])[0]
+        distances = [jnp.minimum(place, size - 1 - place) for place, size in zip(reached, moving.shape, strict=True)]
+        inside = math.prod(jnp.clip(1 + distance, 0, 1) for distance in distances)
+        warped = sample_channel(moving[None], *(place[None] for place in reached))
+        dissimilarity = nmi(fixed[None, ..., None], warped[..., None], mask=(weight * inside)[None])[0]
         overlap = jnp.mean(inside) / possible
         # A sliver can be alike by chance: less than half of what could overlap costs much.
         value = dissimilarity + OVERLAP * jnp.maximum(0, 1 - overlap) + jnp.maximum(0, 0.5 - overlap)
@@ -164,9 +166,10 @@ def _search(fixed, moving, weight, to_points, to_voxels, starts, possible, learn
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def _apply(transform, points: Float[Array, "X Y Z 3"]) -> Float[Array, "X Y Z 3"]:
+def _apply(transform, points: Sequence[Float[Array, "X Y Z"]]) -> list[Float[Array, "X Y Z"]]:
+    """Linear part and shift of points, whose coordinates are an array each: one with a short last axis takes longer."""
     linear, shift = transform
-    return _matmul(points, jnp.asarray(linear, jnp.float32).T) + shift
+    return [sum(linear[i, j] * place for j, place in enumerate(points)) + shift[i] for i in range(3)]
 
 
 def _matrix(parameters: Float[Array, " P"]) -> tuple[Float[Array, "3 3"], Float[Array, "3"]]:

@@ -192,11 +192,15 @@ def _slabs(shape, method, control_grid, cases: int):
 def _sample(volume, *coordinates):
     """Values of `[N, X, Y, Z, C]` at the coordinates `[N, ...]`, one array an axis."""
     volume = volume.astype(jnp.promote_types(volume.dtype, jnp.float32))
-    return jnp.stack([_sample_channel(channel, *coordinates) for channel in _apart(volume)], axis=-1)
+    return jnp.stack([sample_channel(channel, *coordinates) for channel in _apart(volume)], axis=-1)
 
 
 @jax.custom_vjp
-def _sample_channel(volume, *coordinates):
+def sample_channel(volume: Float[Array, "N X Y Z"], *coordinates: Float[Array, "N ..."]) -> Float[Array, "N ..."]:
+    """As `sample`, of one channel of a batch at points whose three coordinates (voxels) are an array each.
+
+    Source: Jaderberg et al., Spatial transformer networks, NeurIPS 2015.
+    """
     return _trilinear(volume, coordinates)
 
 
@@ -247,7 +251,7 @@ def _sample_channel_backward(residuals, gradient):
     return d_volume, *(slope.astype(c.dtype) for slope, c in zip(slopes, coordinates, strict=True))
 
 
-_sample_channel.defvjp(_sample_channel_forward, _sample_channel_backward)
+sample_channel.defvjp(_sample_channel_forward, _sample_channel_backward)
 
 
 def warp_labels(labels: Num[Array, "N X Y Z"], displacement: Float[Array, "N x y z 3"]) -> Num[Array, "N x y z"]:
@@ -293,7 +297,7 @@ def integrate(velocity: Float[Array, "N X Y Z 3"], *, steps: int = 7) -> Float[A
 
     def twice(_, u):
         places = _places(u)
-        return [component + _sample_channel(component, *places) for component in u]
+        return [component + sample_channel(component, *places) for component in u]
 
     # A loop, not unrolled: XLA would fuse the chain of gathers into itself, and compile and run tens of times longer.
     return jnp.stack(jax.lax.fori_loop(0, steps, twice, _apart(velocity / 2**steps)), axis=-1)
@@ -325,7 +329,7 @@ def invert(
     def closer(_, v):
         places = [place + component for place, component in zip(y, v, strict=True)]
         return [
-            inverse - relaxation * (inverse + _sample_channel(component, *places))
+            inverse - relaxation * (inverse + sample_channel(component, *places))
             for inverse, component in zip(v, u, strict=True)
         ]
 
