@@ -1,5 +1,7 @@
 """What the programs share: set-up of the process, and one line instead of a traceback for user mistakes."""
 
+import atexit
+import gc
 import socket
 import sys
 from collections.abc import Callable
@@ -52,10 +54,15 @@ def fail(message: object) -> None:
 
 
 def prepare_process() -> None:
-    """Keep compiled programs (`programs.keep`), and little freed memory."""
+    """Keep compiled programs (`programs.keep`), and little freed memory; start and end without a search for cycles."""
     limit_freed_memory()
+    # JAX's many objects stay: to look for cycles among them while they come, and at the end, takes a third of a second.
+    gc.disable()
     from gridreg_jax import programs  # brings JAX
 
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.freeze)
     programs.keep()
 
 
