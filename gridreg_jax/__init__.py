@@ -3,6 +3,10 @@
 __version__ = "0.1.0"
 
 
+def __dir__() -> list[str]:
+    return [*globals(), "register"]
+
+
 def __getattr__(name: str):
     # Found when it is used, so that importing the package stays light.
     if name == "register":

@@ -4,6 +4,7 @@ import argparse
 import functools
 import os
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -18,6 +19,7 @@ TRANSFORM = ".tfm, .txt, .mat, .h5 or displacement .nii.gz"
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; a user's mistake is one line on standard error, and exit status 2; Ctrl-C another, and 130."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaving nothing half-written
     options = _parser().parse_args(arguments)
     # Numpy's matrix products are small here: its threads would only wait for each other. Read when numpy is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -202,6 +204,7 @@ def _apply(options: argparse.Namespace) -> None:
 
     if options.points and not options.out.lower().endswith(".csv"):
         raise InputError(f"{options.out}: points are written as .csv")
+    _check_kept(options, "transform", "image", "labels", "points", "reference")
     transforms = itk_files.read(options.transform)
     if options.points:
         points = nifti.load_landmarks(options.points)
@@ -222,6 +225,13 @@ def _apply(options: argparse.Namespace) -> None:
     nifti.save(options.out, *nifti.as_stored(warped, reference))
 
 
+def _check_kept(options: argparse.Namespace, *names: str) -> None:
+    """Raise `InputError` if the result would take the place of one of these inputs."""
+    for path in filter(None, (getattr(options, name) for name in names)):
+        if os.path.exists(options.out) and os.path.exists(path) and os.path.samefile(options.out, path):
+            raise InputError(f"{path}: the result would take its place: give another --out")
+
+
 def _convert(options: argparse.Namespace) -> None:
     """Write a transform or its inverse in the format that the name of the result ends in."""
     import numpy as np
@@ -232,6 +242,7 @@ def _convert(options: argparse.Namespace) -> None:
 
     dense = (".nii", ".nii.gz")
     itk_files.check_suffix(options.out, *dense)
+    _check_kept(options, "transform", "reference")
     transforms = itk_files.read(options.transform)
     search = options.inverse and any(transform.type != itk.AFFINE for transform in transforms)
     if search or options.out.endswith(dense):

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, PyTree, Shaped
 
 from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map, folding_penalty, soft_dice_of_probabilities
+from gridreg_jax.transforms import bspline
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import half_lattice, integrate, warp
 
@@ -38,6 +39,7 @@ def refine_recorded(
     folding: float | Float[Array, ""] | None = None,
     method: str = "grid",
     from_start: bool = False,
+    spacing: Float[Array, "3"] | None = None,
 ) -> tuple[Float[Array, "N gx gy gz 3"], Float[Array, "steps N"]]:
     """Lower `similarity(fixed, warped) + bending * bending energy` by Adam, from a control grid that is good already.
 
@@ -59,20 +61,24 @@ def refine_recorded(
       method: a name in `METHODS`.
       from_start: the bending energy is that of the change from the start, not that of the map: what a network has
         learnt of maps, from labels too, is kept.
+      spacing: lengths of a voxel's sides in some unit, which then takes the place of voxels in the bending energy (of a
+        cubic spline) and the learning rate.
 
     Returns:
       The control grid, and the similarity before each step.
 
     Raises:
-      InputError: an unknown method or similarity, or a lattice of `moving` that does not have that of `fixed` in its
-        middle.
+      InputError: an unknown method or similarity, a lattice of `moving` that does not have that of `fixed` in its
+        middle, or `spacing` without a cubic spline.
 
     Source: instance-specific optimisation, Balakrishnan et al., IEEE Trans. Med. Imaging 2019; velocities, Ashburner,
     NeuroImage 2007; both directions, Avants et al., Medical Image Analysis 2008.
     """
     for name, value, known in (("method", method, METHODS), ("similarity", similarity, SIMILARITIES)):
         check_known(name, value, known)
-    shape = fixed.shape[1:4]
+    if spacing is not None and interpolator != "bspline":
+        raise InputError(f"the spacing counts for cubic splines only, not for {interpolator!r}")
+    shape, unit = fixed.shape[1:4], 1.0 if spacing is None else spacing
     longer = [long - size for long, size in zip(moving.shape[1:4], shape, strict=True)]
     if any(more < 0 or more % 2 for more in longer):
         raise InputError(f"moving, {moving.shape[1:4]} voxels, is not {shape} with as many more at either end of axes")
@@ -96,12 +102,18 @@ def refine_recorded(
             back = warp(fixed, flow(-grid, shape, method=interpolator))
             dissimilarity = (dissimilarity + SIMILARITIES[similarity](within, back, mask=mask, **options)) / 2
         change, field = (grid - control_grid, field - start) if from_start else (grid, field)
-        penalty = bending * bending_energy_of_map(field, change, interpolator)
+        if spacing is None:
+            penalty = bending * bending_energy_of_map(field, change, interpolator)
+        else:
+            penalty = bending * bspline.bending_energy(change, shape, spacing=spacing)
         if folding is not None:
             penalty += folding * folding_penalty(displacement, grid if method == "grid" else None, interpolator)
         return dissimilarity + penalty, dissimilarity
 
-    return descend(loss, control_grid, steps=steps, learning_rate=learning_rate)
+    found, history = descend(
+        lambda scaled: loss(scaled / unit), control_grid * unit, steps=steps, learning_rate=learning_rate
+    )
+    return found / unit, history
 
 
 def flow(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,7 @@ from gridreg_jax import __version__
 from gridreg_jax.cli import _course, main
 from gridreg_jax.data import nifti
 from gridreg_jax.export import itk, itk_files
-from gridreg_jax.registration import deformable
+from gridreg_jax.registration import deformable, inspection
 
 SHAPE = (24, 26, 22)
 
@@ -217,8 +218,28 @@ MISTAKES = {
     "a slanted lattice": (f"{CONVERT} out.tfm --inverse --reference slanted.nii.gz", "slanted.nii.gz: its axes are"),
     "more than a file can hold": (f"{CONVERT} out.mat", "out.mat: a .mat file holds one transform, and these 2"),
     "a transform below a file": (f"{CONVERT} a_file/out.tfm", "a_file/out.tfm: cannot be written"),
+    "an image in its own place": (
+        "apply --transform spline.tfm --image moving.nii.gz --reference fixed.nii.gz --out moving.nii.gz",
+        "moving.nii.gz: the result would take its place",
+    ),
+    "points in their own place": (
+        "apply --transform spline.tfm --points points.csv --out points.csv",
+        "points.csv: the result would take its place",
+    ),
+    "a transform in its own place": ("convert spline.tfm --out spline.tfm", "spline.tfm: the result would take its"),
     "nothing to apply to": ("apply --transform spline.tfm --out out.nii.gz", "one of the arguments --image"),
 }
+
+
+def test_a_termination_ends_as_an_exit_that_cleans_up(monkeypatch):
+    monkeypatch.setattr(inspection, "inspect", lambda *_: signal.raise_signal(signal.SIGTERM))
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main(["inspect", "spline.tfm"])
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert stopped.value.code == 143
 
 
 @pytest.mark.parametrize("case", MISTAKES)

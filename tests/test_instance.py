@@ -76,6 +76,22 @@ def test_every_similarity_falls(similarity):
     assert jnp.isfinite(found).all()
 
 
+def test_steps_and_bending_are_in_the_unit_of_the_spacing():
+    fixed, moving, control_grid = pair(0)
+    options = dict(steps=5, interpolator="bspline")
+    in_voxels = refine(0 * control_grid, fixed, moving, **options, **OPTIONS)
+    # In half voxels displacements are twice as long, and their second derivatives half as large.
+    halves = dict(spacing=jnp.full(3, 2.0), bending=4.0, learning_rate=0.2)
+    np.testing.assert_allclose(refine(0 * control_grid, fixed, moving, **options, **halves), in_voxels, atol=1e-3)
+
+
+def test_a_step_is_as_long_along_thick_slices_as_within_them():
+    fixed, moving, control_grid = pair(0)
+    options = dict(steps=1, interpolator="bspline", spacing=jnp.array([1.0, 2.0, 4.0]), **OPTIONS)
+    found = refine(0 * control_grid, fixed, moving, **options)
+    np.testing.assert_allclose(np.abs(found).max(axis=(0, 1, 2, 3)), [0.1, 0.05, 0.025], rtol=1e-3)
+
+
 def test_what_bends_in_the_start_stays_in_the_refined_map():
     fixed, moving, control_grid = pair(0)
     # There is nothing to gain: the start is the true map, and only its own bending could change it.
@@ -98,6 +114,13 @@ def test_what_is_not_known_is_named(wrong):
     fixed, moving, control_grid = pair(0)
     with pytest.raises(InputError, match="is not known; known are (grid|mse), .*did you mean '(grid|mse)'"):
         refine_recorded(control_grid, fixed, moving, steps=1, interpolator="bspline", **OPTIONS | wrong)
+
+
+def test_a_spacing_without_a_cubic_spline_is_refused():
+    fixed, moving, control_grid = pair(0)
+    options = dict(steps=1, interpolator="trilinear", spacing=jnp.ones(3), **OPTIONS)
+    with pytest.raises(InputError, match="for cubic splines only, not for 'trilinear'"):
+        refine_recorded(control_grid, fixed, moving, **options)
 
 
 def test_what_is_masked_has_no_influence():

@@ -52,7 +52,7 @@ class Volume:
     stored_affine: Float[np.ndarray, "4 4"] | None = None
 
 
-# What an image can be given as: a file, an image of nibabel's, or an array with its affine (voxel -> RAS mm).
+# What an image can be given as: a NIfTI file, such an image of nibabel's, or an array with its affine (voxel -> RAS).
 Source = str | Path | nib.spatialimages.SpatialImage | tuple[np.ndarray, np.ndarray]
 
 

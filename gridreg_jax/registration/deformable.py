@@ -32,7 +32,7 @@ LEAST_COARSENED = 16
 # Voxels of the finest lattice by which the moving image's reaches beyond the fixed one's on every side: what a map may
 # bring in from there.
 MARGIN = 8
-# Voxels of the stage's lattice, the largest change of a control point in a step.
+# The largest change of a control point in a step, in the shortest side of a voxel of the stage's lattice.
 LEARNING_RATE = 0.25
 # Weight of the penalty on folding, see `instance.refine_recorded`: hardly any cell is left without a proof.
 FOLDING = 300.0
@@ -71,7 +71,7 @@ class Stage:
       coarsening: spacing of the lattice, in the smallest of the finest lattice.
       halvings: how often the cells of this stage are halved until the last stage.
       steps: of gradient descent.
-      bending: weight of the bending energy, per squared voxel of the stage's lattice.
+      bending: weight of the bending energy, in the shortest side of a voxel of the stage's lattice.
     """
 
     coarsening: int
@@ -202,7 +202,7 @@ def deform(
             for coarsening in dict.fromkeys(stage.coarsening for stage in preset.stages)
         }
         for stage in preset.stages:
-            control_grid, result = _run(control_grid, shape, images[stage.coarsening].result(), stage, cells, **options)
+            control_grid, result = _run(control_grid, fixed, images[stage.coarsening].result(), stage, cells, **options)
             results.append(dataclasses.replace(result, remaining=len(preset.stages) - 1 - len(results)))
             notify(results[-1])
     target = None if method == "grid" else np.asarray(_flow(control_grid[None], shape)[0])
@@ -249,9 +249,9 @@ def load(
             for shape in (lattice, _extended(fixed, lattice, MARGIN)[1])
         )
         known = jax.ShapeDtypeStruct((1, *lattice), np.bool_)
-        weights = _weights(stage, similarity, method)
+        spacing = jax.ShapeDtypeStruct((3,), np.float32)
         options = dict(steps=stage.steps, similarity=similarity, method=method, from_start=from_start)
-        _fit.load(control_grid, image, wide, known, *weights, **options)
+        _fit.load(control_grid, image, wide, known, *_weights(stage, similarity, method), spacing, **options)
 
 
 def last_cells(fixed: Volume, preset: Preset, grid: int | float | None) -> Sequence[int]:
@@ -346,9 +346,10 @@ def _weights(stage: Stage, similarity: str, method: str) -> tuple[np.float32, np
     return scale * np.float32(stage.bending), scale * np.float32(FOLDING) if method == "grid" else None
 
 
-def _run(control_grid, shape, images, stage: Stage, cells: Sequence[int], *, similarity: str, method: str, **options):
-    """A stage, from a control grid (or None) in voxels of the lattice `shape` to another one, with what it did."""
-    grid_size, lattice = _grid_size(cells, stage), images[0].shape[1:4]
+def _run(control_grid, fixed, images, stage: Stage, cells: Sequence[int], *, similarity: str, method: str, **options):
+    """A stage, from a control grid (or None) in voxels of the fixed image to another one, with what it did."""
+    grid_size, shape, lattice = _grid_size(cells, stage), fixed.array.shape, images[0].shape[1:4]
+    spacing = geometry.spacing(corner_to_corner(fixed, lattice))
     if control_grid is None:
         control_grid = np.zeros((*grid_size, 3), np.float32)
     elif control_grid.shape[:3] != grid_size:
@@ -357,6 +358,7 @@ def _run(control_grid, shape, images, stage: Stage, cells: Sequence[int], *, sim
         _rescaled(control_grid, shape, lattice)[None],
         *images,
         *_weights(stage, similarity, method),
+        (spacing / spacing.min()).astype(np.float32),
         steps=stage.steps,
         similarity=similarity,
         method=method,
@@ -371,7 +373,7 @@ _halved, _flow, _dense = (jax.jit(function, static_argnums=1) for function in (b
 
 
 @functools.partial(stored, static_argnames=("steps", "similarity", "method", "from_start"), library_sums=False)
-def _fit(control_grid, fixed, moving, mask, bending, folding, *, steps, similarity, method, from_start):
+def _fit(control_grid, fixed, moving, mask, bending, folding, spacing, *, steps, similarity, method, from_start):
     return refine_recorded(
         control_grid,
         fixed[..., :1],
@@ -386,6 +388,7 @@ def _fit(control_grid, fixed, moving, mask, bending, folding, *, steps, similari
         folding=folding,
         method=method,
         from_start=from_start,
+        spacing=spacing,
     )
 
 

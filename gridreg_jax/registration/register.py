@@ -13,6 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Num
+from numpy.typing import ArrayLike
 
 from gridreg_jax import geometry, instance, programs
 from gridreg_jax.data import nifti
@@ -114,16 +115,23 @@ class Registration:
         spline = itk.bspline_transform(self.control_grid, self.fixed.array.shape, self.fixed.affine)
         return [itk.affine_transform(self.matrix), spline]
 
-    def map_points(self, points_mm: Float[np.ndarray, "P 3"]) -> Float[np.ndarray, "P 3"]:
-        """Where the map takes points of the fixed image: RAS mm -> RAS mm of the moving image.
+    def map_points(self, points_mm: ArrayLike) -> Float[np.ndarray, "P 3"]:
+        """Where the map takes points `[P, 3]` of the fixed image: RAS mm -> RAS mm of the moving image.
 
         As in ITK, u is 0 farther than a cell beyond the fixed lattice.
-        """
-        return itk.apply(self.transforms, points_mm)
 
-    def map_points_back(self, points_mm: Float[np.ndarray, "P 3"]) -> Float[np.ndarray, "P 3"]:
-        """Where the inverse takes points of the moving image: RAS mm -> RAS mm of the fixed image."""
-        return points_back(self.transforms, points_mm)
+        Raises:
+          InputError: another shape than (P, 3).
+        """
+        return itk.apply(self.transforms, _checked_points(points_mm))
+
+    def map_points_back(self, points_mm: ArrayLike) -> Float[np.ndarray, "P 3"]:
+        """Where the inverse takes points `[P, 3]` of the moving image: RAS mm -> RAS mm of the fixed image.
+
+        Raises:
+          InputError: another shape than (P, 3).
+        """
+        return points_back(self.transforms, _checked_points(points_mm))
 
     def warp(self, volume: Source | Volume, *, labels: bool = False) -> Num[np.ndarray, "x y z"]:
         """A volume in the moving image's space, on the fixed lattice. Read once, from its own voxels.
@@ -231,8 +239,8 @@ def register(
     it up, which the preset's stages with the last grid may refine.
 
     Args:
-      fixed, moving: paths of NIfTI files, images of nibabel's, pairs of array and affine (voxel -> RAS mm), or volumes
-        that `nifti.load_image` has read.
+      fixed, moving: paths of NIfTI files, such images of nibabel's, pairs of array and affine (voxel -> RAS mm), or
+        volumes that `nifti.load_image` has read.
       preset: a name in `PRESETS`.
       affine: "auto" for an affine start, "rigid" for a rigid one, "off" for none (both images in one world space), a
         file of ITK's or ANTs' with an affine, or the 4 x 4 matrix, RAS mm of the fixed -> RAS mm of the moving image.
@@ -371,6 +379,13 @@ def _check_mask(mask: Volume, left: Bool[np.ndarray, "X Y Z"], what: str) -> Non
         raise InputError(f"{mask.path}: {what} {voxels} voxels, and at least {LEAST_MASK} are needed")
 
 
+def _checked_points(points_mm: ArrayLike) -> Float[np.ndarray, "P 3"]:
+    points_mm = np.asarray(points_mm, np.float64)
+    if points_mm.ndim != 2 or points_mm.shape[1] != 3:
+        raise InputError(f"points are an array of shape (P, 3), a row of x, y, z in RAS mm each, not {points_mm.shape}")
+    return points_mm
+
+
 def given_affine(affine: str | Path | Num[np.ndarray, "_ _"]) -> Float[np.ndarray, "4 4"] | None:
     """The matrix (RAS mm -> RAS mm) that an argument stands for; None where it is to be found.
 
@@ -403,6 +418,7 @@ def pull(
     *,
     labels: bool = False,
     outside: float | None = None,
+    anywhere: bool = False,
 ) -> Num[np.ndarray, "X Y Z"]:
     """`volume(matrix (x + displacement(x)))` at the voxels x of a lattice; outside and labels as `Registration.warp`.
 
@@ -411,13 +427,17 @@ def pull(
       displacement: in voxels of the lattice.
       matrix: voxels of the lattice -> voxels of the volume.
       outside: the value there, in place of the minimum.
+      anywhere: whether the map may lead nowhere into the volume; if not, a warning says so.
     """
-    result = np.empty(displacement.shape[:3], np.int32 if labels else np.float32)
+    result, reached = np.empty(displacement.shape[:3], np.int32 if labels else np.float32), False
     outside = 0 if labels else volume.array.min() if outside is None else np.float32(outside)
     for start, stop in _slabs(result.shape):
-        result[start:stop] = _pull_slab(
+        result[start:stop], inside = _pull_slab(
             volume.array, displacement[start:stop], start, matrix[:3], outside, labels=labels
         )
+        reached |= bool(inside)
+    if not (reached or anywhere):
+        warnings.warn(f"{volume.path}: the map leads nowhere into it: all of the result lies outside", stacklevel=2)
     return result
 
 
@@ -473,7 +493,7 @@ def _pull_slab(array, displacement, start, matrix, outside, *, labels):
         values = warp_labels(array[None], (points - lattice)[None])[0]
     else:
         values = sample(array[..., None], points)[..., 0]
-    return jnp.where(inside, values, outside)
+    return jnp.where(inside, values, outside), inside.any()
 
 
 def _cut(volume: Volume) -> tuple[int, int, int]:

@@ -142,6 +142,8 @@ def filling(out: Path) -> Iterator[Path]:
                 raise InputError(f"{out / path.name}: a folder is in the place of a result")
         for path in paths:
             os.replace(path, out / path.name)
+    except InputError as error:  # which may name a file that is gone now
+        raise InputError(str(error).replace(str(temporary), str(out))) from error
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
     finally:
@@ -244,7 +246,7 @@ def _compare(registration: Registration) -> tuple[dict, dict]:
     u = registration.working_displacement
     to_moving = np.linalg.inv(moving.affine)
     volumes = {
-        name: pull(moving, displacement, to_moving @ matrix @ fixed.affine, outside=np.nan)
+        name: pull(moving, displacement, to_moving @ matrix @ fixed.affine, outside=np.nan, anywhere=True)
         for name, displacement, matrix in (
             ("before", np.zeros_like(u), np.eye(4)),
             ("affine", np.zeros_like(u), matrix),
@@ -312,6 +314,7 @@ def _overlaps(
             np.zeros((*fixed.shape, 3), np.float32),
             np.linalg.inv(moving.affine) @ matrix @ registration.fixed.affine,
             labels=True,
+            anywhere=True,
         )
         for matrix in (np.eye(4), registration.matrix)
     )

@@ -400,6 +400,28 @@ def test_a_folder_in_the_place_of_a_result_leaves_the_others_as_they_were(found,
     assert (tmp_path / "displacement.nii.gz").read_bytes() == b"old"
 
 
+def test_what_cannot_be_written_is_named_where_it_would_be_in_the_end(tmp_path):
+    with pytest.raises(InputError) as stopped, results.filling(tmp_path / "out") as folder:
+        raise InputError(f"{folder / 'warped.nii.gz'}: cannot be written")
+    assert str(stopped.value) == f"{tmp_path / 'out' / 'warped.nii.gz'}: cannot be written"
+
+
+def test_points_are_rows_of_three(found):
+    for maps in (found.map_points, found.map_points_back):
+        assert maps([[1.0, 2.0, 3.0]]).shape == (1, 3)
+        for wrong in ([1.0, 2.0, 3.0], [[1.0, 2.0]]):
+            with pytest.raises(InputError, match=r"points are an array of shape \(P, 3\)"):
+                maps(wrong)
+
+
+def test_a_volume_that_the_map_does_not_reach_is_told(found):
+    far = np.eye(4)
+    far[0, 3] = 1e4
+    away = dataclasses.replace(found.moving, affine=far @ found.moving.affine)
+    with pytest.warns(UserWarning, match="the map leads nowhere into it"):
+        found.on_fixed(away)
+
+
 def test_two_volumes_of_one_name_are_refused(found, tmp_path):
     labels = Volume(np.ones((4, 4, 4), np.int32), np.eye(4), Path("labels/scan.nii.gz"))
     image = dataclasses.replace(found.moving, path=Path("images/scan.nii"))
