@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, PyTree, Shaped
 
 from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.losses import SIMILARITIES, bending_energy_of_map, folding_penalty, soft_dice_of_probabilities
-from gridreg_jax.transforms import bspline
 from gridreg_jax.transforms.interpolation import interpolate
 from gridreg_jax.transforms.warp import half_lattice, integrate, warp
 
@@ -76,8 +75,6 @@ def refine_recorded(
     """
     for name, value, known in (("method", method, METHODS), ("similarity", similarity, SIMILARITIES)):
         check_known(name, value, known)
-    if spacing is not None and interpolator != "bspline":
-        raise InputError(f"the spacing counts for cubic splines only, not for {interpolator!r}")
     shape, unit = fixed.shape[1:4], 1.0 if spacing is None else spacing
     longer = [long - size for long, size in zip(moving.shape[1:4], shape, strict=True)]
     if any(more < 0 or more % 2 for more in longer):
@@ -102,10 +99,7 @@ def refine_recorded(
             back = warp(fixed, flow(-grid, shape, method=interpolator))
             dissimilarity = (dissimilarity + SIMILARITIES[similarity](within, back, mask=mask, **options)) / 2
         change, field = (grid - control_grid, field - start) if from_start else (grid, field)
-        if spacing is None:
-            penalty = bending * bending_energy_of_map(field, change, interpolator)
-        else:
-            penalty = bending * bspline.bending_energy(change, shape, spacing=spacing)
+        penalty = bending * bending_energy_of_map(field, change, interpolator, spacing=spacing)
         if folding is not None:
             penalty += folding * folding_penalty(displacement, grid if method == "grid" else None, interpolator)
         return dissimilarity + penalty, dissimilarity

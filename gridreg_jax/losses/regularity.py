@@ -54,15 +54,24 @@ def bending_energy(displacement: Float[Array, "N X Y Z 3"]) -> Float[Array, " N"
 
 
 def bending_energy_of_map(
-    displacement: Float[Array, "N X Y Z 3"], control_grid: Float[Array, "N gx gy gz 3"] | None, interpolator: str
+    displacement: Float[Array, "N X Y Z 3"],
+    control_grid: Float[Array, "N gx gy gz 3"] | None,
+    interpolator: str,
+    *,
+    spacing: bspline.Spacing | None = None,
 ) -> Float[Array, " N"]:
     """Bending energy of a map, in closed form where it is a cubic spline (`interpolator` "bspline"), which costs next
-    to nothing; otherwise of its dense displacement. Both in 1 / voxel^2.
+    to nothing; otherwise of its dense displacement. Both in 1 / voxel^2, or, of a spline, in the unit of a spacing.
+
+    Raises:
+      InputError: a spacing without a cubic spline.
 
     Source: Yan et al., Medical Physics 2026, §3.3; Rueckert et al., IEEE TMI 1999.
     """
     if interpolator == "bspline" and control_grid is not None:
-        return bspline.bending_energy(control_grid, displacement.shape[1:4])
+        return bspline.bending_energy(control_grid, displacement.shape[1:4], spacing=spacing)
+    if spacing is not None:
+        raise InputError(f"the spacing counts for cubic splines only, not for {interpolator!r}")
     return bending_energy(displacement)
 
 
