@@ -12,6 +12,7 @@ import warnings
 from gridreg_jax import __version__
 from gridreg_jax.doorway import fail, prepare_process
 from gridreg_jax.errors import InputError
+from gridreg_jax.files import check_apart
 
 TRANSFORM = ".tfm, .txt, .mat, .h5 or displacement .nii.gz"
 
@@ -204,7 +205,8 @@ def _apply(options: argparse.Namespace) -> None:
 
     if options.points and not options.out.lower().endswith(".csv"):
         raise InputError(f"{options.out}: points are written as .csv")
-    _check_kept(options, "transform", "image", "labels", "points", "reference")
+    inputs = (options.transform, options.image, options.labels, options.points, options.reference)
+    check_apart([options.out], filter(None, inputs), "another --out")
     transforms = itk_files.read(options.transform)
     if options.points:
         points = nifti.load_landmarks(options.points)
@@ -225,13 +227,6 @@ def _apply(options: argparse.Namespace) -> None:
     nifti.save(options.out, *nifti.as_stored(warped, reference))
 
 
-def _check_kept(options: argparse.Namespace, *names: str) -> None:
-    """Raise `InputError` if the result would take the place of one of these inputs."""
-    for path in filter(None, (getattr(options, name) for name in names)):
-        if os.path.exists(options.out) and os.path.exists(path) and os.path.samefile(options.out, path):
-            raise InputError(f"{path}: the result would take its place: give another --out")
-
-
 def _convert(options: argparse.Namespace) -> None:
     """Write a transform or its inverse in the format that the name of the result ends in."""
     import numpy as np
@@ -242,7 +237,7 @@ def _convert(options: argparse.Namespace) -> None:
 
     dense = (".nii", ".nii.gz")
     itk_files.check_suffix(options.out, *dense)
-    _check_kept(options, "transform", "reference")
+    check_apart([options.out], filter(None, (options.transform, options.reference)), "another --out")
     transforms = itk_files.read(options.transform)
     search = options.inverse and any(transform.type != itk.AFFINE for transform in transforms)
     if search or options.out.endswith(dense):

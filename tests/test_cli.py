@@ -220,13 +220,13 @@ MISTAKES = {
     "a transform below a file": (f"{CONVERT} a_file/out.tfm", "a_file/out.tfm: cannot be written"),
     "an image in its own place": (
         "apply --transform spline.tfm --image moving.nii.gz --reference fixed.nii.gz --out moving.nii.gz",
-        "moving.nii.gz: the result would take its place",
+        "moving.nii.gz: a result would take its place",
     ),
     "points in their own place": (
         "apply --transform spline.tfm --points points.csv --out points.csv",
-        "points.csv: the result would take its place",
+        "points.csv: a result would take its place",
     ),
-    "a transform in its own place": ("convert spline.tfm --out spline.tfm", "spline.tfm: the result would take its"),
+    "a transform in its own place": ("convert spline.tfm --out spline.tfm", "spline.tfm: a result would take its"),
     "nothing to apply to": ("apply --transform spline.tfm --out out.nii.gz", "one of the arguments --image"),
 }
 

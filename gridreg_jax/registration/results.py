@@ -24,6 +24,7 @@ from gridreg_jax.data.preprocess import resample
 from gridreg_jax.errors import InputError
 from gridreg_jax.export import itk_files
 from gridreg_jax.export.inverse import TOLERANCE_MM
+from gridreg_jax.files import check_apart
 from gridreg_jax.programs import stored
 from gridreg_jax.registration.register import Registration, pull
 from gridreg_jax.registration.report import page
@@ -178,10 +179,7 @@ def check_inputs(
     """Raise `InputError` if one of the input files is one that `save` would write for these volumes and points."""
     names = [*FILES, *warped_names(warped)]
     names += [_mapped_name(path, where) for path, where in ((fixed_points, "moving"), (moving_points, "fixed")) if path]
-    for written in filter(Path.exists, (Path(out) / name for name in names)):
-        for path in inputs:
-            if Path(path).exists() and written.samefile(path):
-                raise InputError(f"{path}: a result would take its place: give another folder than {out}")
+    check_apart((Path(out) / name for name in names), inputs, f"another folder than {out}")
 
 
 Points = dict[int, Float[np.ndarray, "3"]]
