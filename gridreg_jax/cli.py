@@ -11,8 +11,7 @@ import warnings
 
 from gridreg_jax import __version__
 from gridreg_jax.doorway import fail, prepare_process
-from gridreg_jax.errors import InputError
-from gridreg_jax.files import check_apart
+from gridreg_jax.errors import InputError, check_apart
 
 TRANSFORM = ".tfm, .txt, .mat, .h5 or displacement .nii.gz"
 

@@ -3,10 +3,8 @@
 import contextlib
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-
-from gridreg_jax.errors import InputError
 
 
 @contextlib.contextmanager
@@ -22,15 +20,6 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def check_apart(results: Iterable[str | Path], inputs: Iterable[str | Path], instead: str) -> None:
-    """Raise `InputError` if one of the results would be written over an input; `instead` says what to give."""
-    inputs = [Path(path) for path in inputs if Path(path).exists()]
-    for result in filter(Path.exists, map(Path, results)):
-        for path in inputs:
-            if result.samefile(path):
-                raise InputError(f"{path}: a result would take its place: give {instead}")
 
 
 def default_cache_dir() -> Path:

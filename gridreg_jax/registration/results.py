@@ -21,10 +21,9 @@ from gridreg_jax import __version__, geometry
 from gridreg_jax.data import nifti
 from gridreg_jax.data.nifti import Volume
 from gridreg_jax.data.preprocess import resample
-from gridreg_jax.errors import InputError
+from gridreg_jax.errors import InputError, check_apart
 from gridreg_jax.export import itk_files
 from gridreg_jax.export.inverse import TOLERANCE_MM
-from gridreg_jax.files import check_apart
 from gridreg_jax.programs import stored
 from gridreg_jax.registration.register import Registration, pull
 from gridreg_jax.registration.report import page
