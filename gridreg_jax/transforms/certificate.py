@@ -122,8 +122,7 @@ def certify(
     size, euclidean = _size(control_grid) if method == "bspline" else (-np.inf, False)
     bounds = np.empty((cell_counts[0], math.prod(cell_counts[1:])))
     dominance, bernstein, lowest, folds = np.inf, np.inf, np.inf, False
-    nodes = 3 * degree
-    workspace = np.empty((3, 3, CHUNK, nodes, nodes**2))
+    workspace = np.empty((3, 3, *[3 * degree] * 3, CHUNK))
     for layer, of_layer in enumerate(bounds):
         slopes, margin = _slopes(control_grid, layer, degree)
         dominant = _dominance(slopes, margin)
@@ -134,8 +133,8 @@ def certify(
         for cells in np.split(order, range(CHUNK, len(order), CHUNK)):
             if of_layer[cells[0]] >= lowest:
                 break
-            of_cells = [part.take(cells, axis=1) for part in slopes]
-            found, surely = _bernstein_bounds(of_cells, margin[cells], degree, workspace[:, :, : len(cells)])
+            of_cells = [part.take(cells, axis=-1) for part in slopes]
+            found, surely = _bernstein_bounds(of_cells, margin[cells], degree, workspace[..., : len(cells)])
             of_layer[cells] = np.maximum(of_layer[cells], found)
             lowest, bernstein = min(lowest, of_layer[cells].min()), min(bernstein, found.min())
             folds |= bool(surely.any())
@@ -196,7 +195,7 @@ def _slopes(control_grid: Float64[np.ndarray, "gx gy gz 3"], layer: int, degree:
     """Bernstein coefficients of the derivatives of u on each cell of a layer across the first axis.
 
     Returns:
-      For each axis the derivatives along it, [component, cell, coefficient, coefficient, coefficient].
+      For each axis the derivatives along it, [component, coefficient, coefficient, coefficient, cell].
       What rounding can do to a bound of the determinant, for each cell. With rows of absolute sum r, no sum of products
       of three entries exceeds r^3. The entries at the nodes, their products and the products with the inverse err by
       less than 200 unit roundings of that, times what the inverse can make of an error; extraction errs relative to the
@@ -214,8 +213,8 @@ def _slopes(control_grid: Float64[np.ndarray, "gx gy gz 3"], layer: int, degree:
             part = (matrices @ windows.swapaxes(1, 2)).reshape(*matrices.shape[:2], *rest)
             part = np.moveaxis(part, (0, 1), (-2, -1))  # The axis that comes next is the first one now.
         # Axes: component; then a cell's, and that of its coefficients, for each axis.
-        part = part.transpose(0, 1, 3, 5, 2, 4, 6)
-        slopes.append(part.reshape(3, -1, *part.shape[4:]))
+        part = part.transpose(0, 2, 4, 6, 1, 3, 5)
+        slopes.append(part.reshape(*part.shape[:4], -1))
     rows = 1 + _reach(slopes).sum(axis=0).max(axis=0)
     amplification = np.abs(_basis(3 * degree - 1)[1]).sum(axis=1).max() ** 3
     return slopes, 200 * np.finfo(float).eps * amplification * rows**2 * (rows + largest)
@@ -223,7 +222,7 @@ def _slopes(control_grid: Float64[np.ndarray, "gx gy gz 3"], layer: int, degree:
 
 def _reach(slopes: Sequence[np.ndarray]) -> Float64[np.ndarray, "axis component K"]:
     """Bounds of the sizes of the derivatives on each cell."""
-    return np.stack([np.abs(part).max(axis=(2, 3, 4)) for part in slopes])
+    return np.stack([np.abs(part).max(axis=(1, 2, 3)) for part in slopes])
 
 
 def _dominance(slopes: Sequence[np.ndarray], margin: Float64[np.ndarray, " K"]) -> Float64[np.ndarray, " K"]:
@@ -231,7 +230,7 @@ def _dominance(slopes: Sequence[np.ndarray], margin: Float64[np.ndarray, " K"]) 
     reach, excess = _reach(slopes), 1 - margin[None]
     for axis, part in enumerate(slopes):
         own = np.arange(3)[:, None] == axis
-        excess = excess - np.where(own, -part.min(axis=(2, 3, 4)), reach[axis])
+        excess = excess - np.where(own, -part.min(axis=(1, 2, 3)), reach[axis])
     return np.where(excess.min(axis=0) > 0, excess.prod(axis=0), -np.inf)
 
 
@@ -239,46 +238,47 @@ def _bernstein_bounds(slopes: Sequence[np.ndarray], margin: Float64[np.ndarray, 
     """The bound of each cell's determinant by its Bernstein coefficients, and whether it surely folds.
 
     Args:
-      jacobian: [axis, component, cell, node, node node], overwritten; new memory each time would cost as much again.
+      jacobian: [axis, component, node, node, node, cell], overwritten; new memory each time would cost as much again.
     """
-    inverse = _basis(3 * degree - 1)[1]
-    nodes = len(inverse)
     for axis, part in enumerate(slopes):
         degrees = [degree - (other == axis) for other in range(3)]
         _contract(part, [_values(d, 3 * degree - 1) for d in degrees], out=jacobian[axis])
         jacobian[axis, axis] += 1
     (xx, yx, zx), (xy, yy, zy), (xz, yz, zz) = jacobian
     determinant = xx * (yy * zz - yz * zy) - xy * (yx * zz - yz * zx) + xz * (yx * zy - yy * zx)
-    coefficients = _contract(determinant.reshape(-1, nodes, nodes, nodes), [inverse] * 3)
-    return _subdivide(coefficients.reshape(-1, nodes, nodes, nodes), margin)
+    return _subdivide(_contract(determinant, [_basis(3 * degree - 1)[1]] * 3), margin)
 
 
-def _subdivide(boxes: Float64[np.ndarray, "K n n n"], margin: Float64[np.ndarray, " K"]):
+def _subdivide(boxes: Float64[np.ndarray, "n n n K"], margin: Float64[np.ndarray, " K"]):
     """Lower bounds of polynomials given by Bernstein coefficients, and whether a value is surely not positive."""
     lowest, owners = np.full(len(margin), np.inf), np.arange(len(margin))
     hopeless, folds = np.zeros((2, len(margin)), bool)
-    left = _left_half(boxes.shape[1] - 1)
-    halves = np.stack([left, left[::-1, ::-1]])
+    left = _left_half(len(boxes) - 1)
+    halves = np.concatenate([left, left[::-1, ::-1]])
     for depth in range(SUBDIVISIONS + 1):
-        bounds = boxes.min(axis=(1, 2, 3)) - margin[owners]
+        bounds = boxes.min(axis=(0, 1, 2)) - margin[owners]
         # The coefficients at a box's corners are values of the polynomial: no subdivision lifts the bound above them.
-        corners = boxes[:, :: len(left) - 1, :: len(left) - 1, :: len(left) - 1].min(axis=(1, 2, 3))
+        corners = boxes[:: len(left) - 1, :: len(left) - 1, :: len(left) - 1].min(axis=(0, 1, 2))
         hopeless[owners[corners <= margin[owners]]] = True
         folds[owners[corners <= -margin[owners]]] = True
         final = (bounds > 0) | hopeless[owners] | (depth == SUBDIVISIONS)
         np.minimum.at(lowest, owners[final], bounds[final])
-        boxes, owners = boxes[~final], np.repeat(owners[~final], 8)
+        boxes, owners = boxes[..., ~final], np.tile(owners[~final], 8)
         for _ in range(3):
-            # The axis moves to the end, and its halves to the front: eight boxes where there was one.
-            boxes = np.moveaxis(np.tensordot(boxes, halves, (1, 2)), 3, 1)
-            boxes = boxes.reshape(-1, *boxes.shape[2:])
+            # The other axes come to the front, and the halves to the boxes: eight where there was one.
+            n, _, _, count = boxes.shape
+            parts = (halves @ boxes.reshape(n, -1)).reshape(2, n, n, n, count)
+            boxes = parts.transpose(2, 3, 1, 0, 4).reshape(n, n, n, 2 * count)
     return lowest, folds
 
 
-def _contract(values: Float64[np.ndarray, "*K _ _ _"], matrices: Sequence[np.ndarray], out=None):
-    """One matrix for each of the last three axes, `[*K, a, b c]`: the last two are one, as small products are slow."""
+def _contract(values: Float64[np.ndarray, "*C _ _ _ K"], matrices: Sequence[np.ndarray], out=None):
+    """One matrix for each of the three axes before the last. Cells come last: products of small matrices are slow."""
     first, second, third = matrices
-    return np.matmul(first @ values.reshape(*values.shape[:-2], -1), np.kron(second, third).T, out=out)
+    *others, a, b, c, cells = values.shape
+    values = (first @ values.reshape(*others, a, -1)).reshape(*others, len(first), b, -1)
+    values = (second @ values).reshape(*others, len(first), len(second), c, cells)
+    return np.matmul(third, values, out=out)
 
 
 @functools.lru_cache
