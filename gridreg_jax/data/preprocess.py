@@ -19,9 +19,11 @@ from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.files import replacing
 
 # Part of every cache key: raise it with every change of what `prepare` computes.
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 
 CENTERS = ("mass", "image")
+# Voxels: two lattices whose axes part by less across an image have the same axes.
+ALIGNED = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +108,7 @@ def resample(
         ratio = np.linalg.norm(matrix[:3, :3], axis=1)
         sigma = 0.5 * np.sqrt(np.maximum(ratio**2 - 1, 0))
         source = ndimage.gaussian_filter(source, sigma, mode="nearest")
-    result = ndimage.affine_transform(
-        source, matrix[:3, :3], matrix[:3, 3], output_shape=shape, order=0 if labels else 1, mode="nearest"
-    )
+    result = _interpolated(source, matrix, shape, nearest=labels)
     result[~field_of_view(volume, affine, shape)] = outside
     return result
 
@@ -220,6 +220,25 @@ def _threshold(array: Float32[np.ndarray, "X Y Z"]) -> float:
         previous = threshold
         threshold = (array[above].mean(dtype=np.float64) + array[~above].mean(dtype=np.float64)) / 2
     return float(threshold)
+
+
+def _interpolated(source: Num[np.ndarray, "X Y Z"], matrix, shape, *, nearest: bool) -> Num[np.ndarray, "x y z"]:
+    """`source(matrix x)` at the voxels x of a lattice, linear or nearest; beyond the source its outermost values."""
+    linear, offset = matrix[:3, :3], matrix[:3, 3]
+    steps = np.diag(linear)
+    if (np.abs(linear - np.diag(steps)) @ shape > ALIGNED).any():
+        return ndimage.affine_transform(source, linear, offset, output_shape=shape, order=1 - nearest, mode="nearest")
+    # With the same axes, one after the other: several times as fast.
+    for axis, (step, start, size) in enumerate(zip(steps, offset, shape, strict=True)):
+        last = source.shape[axis] - 1
+        position = np.clip(step * np.arange(size) + start, 0, last)
+        low = np.floor(position + 0.5 * nearest).astype(int)
+        below = source.take(low, axis)
+        if not nearest:
+            weight = (position - low).astype(np.float32).reshape([-1 if other == axis else 1 for other in range(3)])
+            below += weight * (source.take(np.minimum(low + 1, last), axis) - below)
+        source = below
+    return source
 
 
 def _build(image_path: str | Path, lattice: Lattice, labels_path: str | Path | None) -> Prepared:
