@@ -171,11 +171,13 @@ def jacobian_determinant_on_lattice(
     """
     lengths = _lengths(control_grid, shape)
     values = [axis_weights("bspline", g, size) for g, size in zip(control_grid.shape[1:4], shape, strict=True)]
+    # The components apart, as cases of their own: their determinant then runs through memory in order.
+    components = jnp.moveaxis(control_grid, -1, 0).reshape(-1, *control_grid.shape[1:4], 1)
     gradient = []
     for axis, (g, size) in enumerate(zip(control_grid.shape[1:4], shape, strict=True)):
         matrices = list(values)
         matrices[axis] = bspline_weights(g, np.linspace(0.0, 1.0, size), derivative=1) / lengths[axis]
-        gradient.append(contract(control_grid, matrices))
+        gradient.append(contract(components, matrices).reshape(3, -1, *shape))
     return determinant(*gradient)
 
 

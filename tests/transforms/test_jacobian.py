@@ -15,8 +15,8 @@ def affine_displacement(matrix, shape=SHAPE):
 
 
 def test_determinant_agrees_with_numpy():
-    gradient = np.random.default_rng(0).normal(size=(5, 4, 3, 3))
-    found = jacobian.determinant(*(jnp.asarray(gradient[..., a], jnp.float32) for a in range(3)))
+    gradient = np.random.default_rng(0).normal(size=(2, 5, 4, 3, 3, 3))
+    found = jacobian.determinant(*(jnp.asarray(np.moveaxis(gradient[..., a], -1, 0), jnp.float32) for a in range(3)))
     np.testing.assert_allclose(found, np.linalg.det(np.eye(3) + gradient), rtol=1e-4, atol=1e-5)
 
 
