@@ -6,20 +6,22 @@ of that image; a displacement on the lattice is in voxels of the lattice.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Num
-from scipy import ndimage
+from scipy import ndimage, sparse
 
 from gridreg_jax import geometry
 from gridreg_jax.data.nifti import Volume, existing_file, load_image, load_labels
 from gridreg_jax.errors import InputError, check_known
 from gridreg_jax.files import replacing
+from gridreg_jax.transforms.interpolation import hat_weights
 
 # Part of every cache key: raise it with every change of what `prepare` computes.
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 
 CENTERS = ("mass", "image")
 # Voxels: two lattices whose axes part by less across an image have the same axes.
@@ -101,14 +103,11 @@ def resample(
         begins half a voxel beyond the outermost voxel centres.
     """
     matrix = np.linalg.inv(volume.affine) @ affine
-    source, outside = volume.array, 0
-    if not labels:
-        source, outside = source.astype(np.float32, copy=False), source.min()
-        # For an oblique target, the length of a row is the extent of a target voxel along that source axis.
-        ratio = np.linalg.norm(matrix[:3, :3], axis=1)
-        sigma = 0.5 * np.sqrt(np.maximum(ratio**2 - 1, 0))
-        source = ndimage.gaussian_filter(source, sigma, mode="nearest")
-    result = _interpolated(source, matrix, shape, nearest=labels)
+    if labels:
+        outside, result = 0, _nearest(volume.array, matrix, shape)
+    else:
+        source = volume.array.astype(np.float32, copy=False)
+        outside, result = source.min(), _linear(source, matrix, shape)
     result[~field_of_view(volume, affine, shape)] = outside
     return result
 
@@ -222,23 +221,51 @@ def _threshold(array: Float32[np.ndarray, "X Y Z"]) -> float:
     return float(threshold)
 
 
-def _interpolated(source: Num[np.ndarray, "X Y Z"], matrix, shape, *, nearest: bool) -> Num[np.ndarray, "x y z"]:
-    """`source(matrix x)` at the voxels x of a lattice, linear or nearest; beyond the source its outermost values."""
+def _linear(source: Float32[np.ndarray, "X Y Z"], matrix, shape) -> Float32[np.ndarray, "x y z"]:
+    """`source(matrix x)` at the voxels x of a lattice, smoothed before; beyond the source its outermost values."""
     linear, offset = matrix[:3, :3], matrix[:3, 3]
-    steps = np.diag(linear)
-    if (np.abs(linear - np.diag(steps)) @ shape > ALIGNED).any():
-        return ndimage.affine_transform(source, linear, offset, output_shape=shape, order=1 - nearest, mode="nearest")
-    # With the same axes, one after the other: several times as fast.
-    for axis, (step, start, size) in enumerate(zip(steps, offset, shape, strict=True)):
-        last = source.shape[axis] - 1
-        position = np.clip(step * np.arange(size) + start, 0, last)
-        low = np.floor(position + 0.5 * nearest).astype(int)
-        below = source.take(low, axis)
-        if not nearest:
-            weight = (position - low).astype(np.float32).reshape([-1 if other == axis else 1 for other in range(3)])
-            below += weight * (source.take(np.minimum(low + 1, last), axis) - below)
-        source = below
+    if not _aligned(linear, shape):
+        # For an oblique target, the length of a row is the extent of a target voxel along that source axis.
+        source = ndimage.gaussian_filter(source, _sigma(np.linalg.norm(linear, axis=1)), mode="nearest")
+        return ndimage.affine_transform(source, linear, offset, output_shape=shape, order=1, mode="nearest")
+    for axis in range(3):
+        size, *rest = source.shape
+        weights = _axis_weights(size, shape[axis], float(linear[axis, axis]), float(offset[axis]))
+        # The axis goes to the end, so that the next one comes first.
+        source = np.ascontiguousarray(np.moveaxis((weights @ source.reshape(size, -1)).reshape(-1, *rest), 0, -1))
     return source
+
+
+@functools.lru_cache(maxsize=64)
+def _axis_weights(size: int, target: int, step: float, start: float) -> sparse.csr_array:
+    """What smooths an axis and interpolates it at `start + step * i`, i below `target`, in one: four to ten times as
+    fast as one after the other.
+    """
+    weights = hat_weights(size, start + step * np.arange(target))
+    if abs(step) > 1:
+        weights = weights @ ndimage.gaussian_filter1d(np.eye(size), _sigma(step), axis=0, mode="nearest")
+    return sparse.csr_array(weights.astype(np.float32))
+
+
+def _sigma(ratio):
+    """Of the Gaussian that smooths before sampling in steps of so many voxels, in voxels."""
+    return 0.5 * np.sqrt(np.maximum(np.square(ratio) - 1, 0))
+
+
+def _nearest(source: Num[np.ndarray, "X Y Z"], matrix, shape) -> Num[np.ndarray, "x y z"]:
+    """The same without smoothing, at the nearest voxel of the source."""
+    linear, offset = matrix[:3, :3], matrix[:3, 3]
+    if not _aligned(linear, shape):
+        return ndimage.affine_transform(source, linear, offset, output_shape=shape, order=0, mode="nearest")
+    for axis, (step, start, size) in enumerate(zip(np.diag(linear), offset, shape, strict=True)):
+        position = np.floor(step * np.arange(size) + start + 0.5).astype(int)
+        source = source.take(np.clip(position, 0, source.shape[axis] - 1), axis)
+    return source
+
+
+def _aligned(linear, shape) -> bool:
+    """Whether a lattice of this shape has the axes of the source."""
+    return bool((np.abs(linear - np.diag(np.diag(linear))) @ shape <= ALIGNED).all())
 
 
 def _build(image_path: str | Path, lattice: Lattice, labels_path: str | Path | None) -> Prepared:

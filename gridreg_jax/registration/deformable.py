@@ -6,6 +6,7 @@ each of them. So control grids of all stages span one box, and go from lattice t
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -394,11 +395,12 @@ def _fit(control_grid, fixed, moving, mask, bending, folding, spacing, *, steps,
 
 def _fitted(displacement: Float[np.ndarray, "X Y Z 3"], grid_size) -> Float[np.ndarray, "gx gy gz 3"]:
     """The control grid whose spline is closest to a displacement at the voxels."""
-    for axis, (g, size) in enumerate(zip(grid_size, displacement.shape, strict=False)):
-        displacement = np.moveaxis(
-            np.tensordot(np.linalg.pinv(axis_weights("bspline", g, size)), displacement, (1, axis)), 0, axis
-        )
-    return displacement.astype(np.float32)
+    shape = displacement.shape[:3]
+    for axis in (2, 1, 0):
+        inverse = np.linalg.pinv(axis_weights("bspline", grid_size[axis], shape[axis]))
+        # One product for each row: a large one would start threads of BLAS', which then stand in the way of XLA's.
+        displacement = inverse @ displacement.reshape(math.prod(shape[:axis]), shape[axis], -1)
+    return displacement.reshape(*grid_size, 3).astype(np.float32)
 
 
 def _smoothed(control_grid, cells) -> Float[np.ndarray, "gx gy gz 3"]:
