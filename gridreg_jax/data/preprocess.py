@@ -124,7 +124,8 @@ def field_of_view(
     steps = np.ogrid[: shape[0], : shape[1], : shape[2]]
     inside = np.ones(shape, bool)
     for row, size in zip((np.linalg.inv(volume.affine) @ affine)[:3], volume.array.shape, strict=True):
-        position = sum(factor * step for factor, step in zip(row[:3], steps, strict=True)) + row[3]
+        # Along an axis that the volume shares the position is a line of numbers, not a lattice of them.
+        position = row[3] + sum(factor * step for factor, step in zip(row[:3], steps, strict=True) if factor)
         # The margin keeps rounding from deciding about a voxel that lies on the very edge.
         inside &= np.abs(position - (size - 1) / 2) <= size / 2 + 1e-6
     return inside
